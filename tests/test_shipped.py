@@ -1,0 +1,115 @@
+"""The shipped checkpoint and the README, as a user meets them."""
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import icas
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(not (ROOT / "checkpoints" / icas.CHECKPOINT).is_file(), reason="no checkpoints/ beside the tests")
+
+
+@pytest.fixture(scope="module")
+def cells():
+    load_dataset = pytest.importorskip("elpv_dataset.utils").load_dataset
+    return load_dataset()[0]
+
+
+@pytest.fixture(scope="module")
+def prompt_mask():
+    from PIL import Image, ImageDraw
+    canvas = Image.new("L", (300, 300))
+    ImageDraw.Draw(canvas).polygon(icas.DEMO_PROMPT[1], fill=255)
+    return np.array(canvas) > 0
+
+
+@pytest.fixture
+def folder(tmp_path, cells, prompt_mask, monkeypatch):
+    """The files that the README's examples name."""
+    from PIL import Image
+    monkeypatch.chdir(tmp_path)
+    names = {"scratched": icas.DEMO_PROMPT[0], "part_1": 6, "part_2": 368, "good_1": 3, "good_2": 8, "parts/a": 6, "parts/b": 368,
+             "good/a": 3, "good/b": 8}
+    for name, index in names.items():
+        Path(f"{name}.png").parent.mkdir(exist_ok=True)
+        Image.fromarray(cells[index]).save(f"{name}.png")
+    Image.fromarray(prompt_mask).save("scratched_mask.png")
+    return tmp_path
+
+
+def readme_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_one_outlined_dark_area_marks_the_dark_area_of_another_cell(cells, prompt_mask):
+    found = icas.segment(cells[6], anomalies=[(cells[icas.DEMO_PROMPT[0]], prompt_mask)])
+    dark = cells[6] < 30  # by eye: the area is the only part of the cell that is nearly black
+    overlap = (found.mask & dark).sum() / (found.mask | dark).sum()
+    assert overlap > 0.6, overlap
+
+
+def test_a_good_cell_scores_below_a_broken_one(cells):
+    good = icas.encode(normals=[cells[i] for i in icas.DEMO_GOOD])
+    scores = [r.score for r in icas.detect([cells[i] for i in (17, 21, 368, 396)], good)]
+    assert min(scores[:2]) > max(scores[2:])
+
+
+def test_a_click_marks_the_area_under_it(cells):
+    assert icas.segment(cells[6], points=[(80, 122)]).mask[122, 80]
+
+
+def test_the_encoder_that_ships_is_the_one_of_the_record():
+    path = ROOT / "checkpoints" / "dinov2-vits14.safetensors"
+    assert icas._sha256(path) == icas.load(ROOT / "checkpoints" / icas.CHECKPOINT).encoder_sha256
+    assert (ROOT / "checkpoints" / icas.CHECKPOINT).stat().st_size < 36e6
+
+
+def test_bf16_masks_differ_from_float32_in_few_pixels(cells, prompt_mask, monkeypatch):
+    shot = [(cells[icas.DEMO_PROMPT[0]], prompt_mask)]
+    fast = icas.segment(cells[6], anomalies=shot).mask
+    monkeypatch.setattr(icas, "fast_bf16", lambda device: False)
+    exact = icas.segment(cells[6], anomalies=shot, model=icas.load()).mask
+    assert (fast != exact).mean() < 0.02
+
+
+@pytest.mark.parametrize("block", readme_blocks("python"))
+def test_the_readme_s_python_runs_as_printed(block, folder, capsys):
+    exec(compile(block, "README.md", "exec"), {})
+    assert capsys.readouterr().out
+
+
+def test_the_readme_s_commands_run_as_printed(folder):
+    commands = [line.split("#")[0] for block in readme_blocks("") for line in block.splitlines() if line.startswith("icas ")]
+    assert len(commands) >= 3
+    for command in commands:
+        assert icas.main(shlex.split(command)[1:]) == 0, command
+    assert json.loads((folder / "found" / "coco.json").read_text())["annotations"]
+
+
+def test_training_and_evaluation_run_from_a_manifest(tmp_path, cells, prompt_mask):
+    import evaluate
+    import train
+    from PIL import Image
+    data = tmp_path / "cells"
+    (data / "masks").mkdir(parents=True)
+    records = []
+    for i in range(4):
+        Image.fromarray(np.roll(cells[icas.DEMO_PROMPT[0]], 9 * i, axis=1)).save(data / f"{i}.png")
+        Image.fromarray(np.roll(prompt_mask, 9 * i, axis=1).astype(np.uint8)).save(data / "masks" / f"{i}.png")
+        records.append({"image": f"{i}.png", "mask": f"masks/{i}.png", "labels": {"1": "dark"}, "split": "train", "group": str(i)})
+    (data / "manifest.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    out = tmp_path / "run"
+    assert train.main(["--stage", "anomaly", "--data", str(data), "--out", str(out), "--steps", "2", "--batch-size", "2", "--image-size", "112",
+                       "--queries", "8", "--dim", "32", "--layers", "1", "--ffn-dim", "32", "--pixel-dim", "8", "--synthetic", "3",
+                       "--encoder", str(ROOT / "checkpoints" / "dinov2-vits14.safetensors")]) == 0
+    trained = icas.load(out / "last.safetensors", encoder=ROOT / "checkpoints" / "dinov2-vits14.safetensors")
+    assert trained.config.dim == 32
+    assert evaluate.main(["--task", "semantic", "--data", str(data), "--seeds", "1", "--out", str(tmp_path / "eval")]) == 0
+    result = json.loads((tmp_path / "eval" / "results.json").read_text())
+    assert result["mean_iou"] > 50 and set(result["baselines"]) == {"nearest patch", "prototype"}
+    for entry in result["data"]["cells"]["files"]:
+        assert entry["prompt"] not in entry["tests"]

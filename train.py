@@ -1,0 +1,522 @@
+#!/usr/bin/env python3
+"""Train the in-context decoder: the generic stage, then the anomaly stage (Sec. 3.3).
+
+    python train.py --stage generic --data DIR/voc/manifest.jsonl DIR/ccp/manifest.jsonl --out runs/generic
+    python train.py --stage anomaly --data DIR/leather/manifest.jsonl --init runs/generic/last.safetensors --out runs/anomaly
+    python train.py --stage anomaly --data ... --cache .cache/views --layers 3 --batch-size 8 --steps 3000   # on a CPU
+
+With --cache the frozen encoder sees each augmented view once and its features are kept (fp16), so that a CPU can train.
+A manifest is one JSON record a line: {"image", "mask", "labels": {"value": "name"}, "split", "group"}, paths relative to it.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy import ndimage
+from torch import Tensor
+from tqdm import tqdm
+
+import icas
+
+
+# ---- Manifests -------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(path: str | Path, split: str | None = None) -> list[dict]:
+    """Records of one manifest, in file order, with absolute `image` and `mask` paths and the line in `where`."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "manifest.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"data: no manifest at {path}; give a manifest.jsonl or the folder that holds one")
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        record, where = json.loads(line), f"{path}:{number}"
+        for key in ("image", "mask"):
+            if key in record:
+                record[key] = str(path.parent / record[key])
+                if not Path(record[key]).is_file():
+                    raise FileNotFoundError(f"{where}: {key} file is missing: {record[key]}")
+        if split is None or record.get("split", split) == split:
+            records.append(record | {"where": where, "set": path.parent.name})
+    if not records:
+        raise ValueError(f"{path}: the manifest has no record" + (f" of split {split!r}" if split else ""))
+    return records
+
+
+def read_record(record: dict) -> tuple[Tensor, Tensor]:
+    """image (3, H, W) float in [0, 1], label map (H, W) uint8; zeros where the record has no mask."""
+    image = icas.to_rgb(record["image"]).permute(2, 0, 1).float() / 255
+    if "mask" not in record:
+        return image, torch.zeros(image.shape[1:], dtype=torch.uint8)
+    labels = torch.from_numpy(np.array(Image.open(record["mask"])))
+    if labels.shape != image.shape[1:]:
+        raise ValueError(f"{record['where']}: mask is {tuple(labels.shape)}, its image {tuple(image.shape[1:])}")
+    return image, labels
+
+
+# ---- Views: augmentation (R15) and synthetic defects -------------------------------------------------------------------
+
+
+def augment(image: Tensor, labels: Tensor, size: int, rng: np.random.Generator, turns: bool) -> tuple[Tensor, Tensor]:
+    """One square view: crop, flip, quarter turn (anomaly data) and colour. returns (3, size, size) and (size, size)."""
+    h, w = labels.shape
+    for attempt in range(10):
+        side, aspect = min(h, w) * rng.uniform(0.45, 1.0), np.exp(rng.uniform(-0.2, 0.2))
+        ch, cw = min(h, round(side * aspect)), min(w, round(side / aspect))
+        if rng.random() < 0.3 or attempt == 9:
+            ch, cw = h, w
+        y, x = rng.integers(h - ch + 1), rng.integers(w - cw + 1)
+        crop = labels[y:y + ch, x:x + cw]
+        # keep the object: a tenth of what is marked, in at least 12 px
+        if not labels.any() or int((crop > 0).sum()) >= max(12, 0.1 * int((labels > 0).sum())):
+            break
+    image, labels = image[:, y:y + ch, x:x + cw], crop
+    if rng.random() < 0.5:
+        image, labels = image.flip(-1), labels.flip(-1)
+    if turns:
+        quarter = int(rng.integers(4))
+        image, labels = image.rot90(quarter, (-2, -1)), labels.rot90(quarter, (-2, -1))
+    image = F.interpolate(image[None], size=(size, size), mode="bicubic", antialias=True)[0].clamp(0, 1)
+    labels = F.interpolate(labels[None, None].float(), size=(size, size), mode="nearest-exact")[0, 0].byte()
+    return colour(image, rng), labels
+
+
+def colour(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """Light, contrast, tint, blur and noise; (3, H, W) in [0, 1]."""
+    gain = torch.from_numpy(rng.uniform(0.75, 1.3) * rng.uniform(0.93, 1.07, (3, 1, 1))).float()
+    image = (image.clamp_min(0) ** rng.uniform(0.7, 1.4)) * gain
+    image = (image - image.mean()) * rng.uniform(0.7, 1.3) + image.mean()
+    if rng.random() < 0.1:
+        image = image.mean(dim=0, keepdim=True).expand(3, -1, -1)
+    if rng.random() < 0.2:
+        image = torch.from_numpy(ndimage.gaussian_filter(image.numpy(), (0, *[rng.uniform(0.5, 1.5)] * 2)))
+    if rng.random() < 0.3:
+        image = image + torch.from_numpy(rng.normal(0, rng.uniform(0, 0.04), image.shape)).float()
+    return image.clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class SyntheticDefect:
+    """One kind of damage, drawn once and then put on several images, each time in a new shape and place."""
+    kind: str            # one of KINDS
+    size: float          # length or diameter as a share of the image's side
+    width: float         # of lines, as a share of the side
+    colour: tuple        # RGB in [0, 1]
+    opacity: float       # 0.3 to 1
+    softness: float      # blur of the outline, as a share of the side
+    count: int           # instances an image, at most
+    texture: int         # seed of the image that a foreign texture comes from
+
+    KINDS = ("scratch", "crack", "blob", "stain", "dent", "missing", "texture", "speckle", "smear")
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> "SyntheticDefect":
+        kind = str(rng.choice(cls.KINDS))
+        grey = rng.random()
+        tint = tuple(np.clip(grey + rng.normal(0, 0.25 if rng.random() < 0.4 else 0.02, 3), 0, 1))
+        small = {"scratch": (.15, .9), "crack": (.2, 1.2), "blob": (.02, .2), "stain": (.1, .5), "dent": (.05, .3),
+                 "missing": (.06, .35), "texture": (.08, .45), "speckle": (.1, .4), "smear": (.1, .5)}[kind]
+        return cls(kind, float(np.exp(rng.uniform(*np.log(small)))), float(np.exp(rng.uniform(np.log(.003), np.log(.025)))), tint,
+                   rng.uniform(0.35, 1), rng.uniform(0, 0.006), int(rng.integers(1, 6)), int(rng.integers(1 << 30)))
+
+    def paint(self, image: Tensor, foreign: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Damage image (3, S, S) in [0, 1]; `foreign` is another one. returns the image and its bool mask (S, S)."""
+        side = image.shape[-1]
+        mask = np.zeros((side, side), bool)
+        for _ in range(int(rng.integers(1, self.count + 1))):
+            mask |= self._shape(side, rng)
+        alpha = ndimage.gaussian_filter(mask.astype(np.float32), self.softness * side + 0.4)
+        alpha = torch.from_numpy(alpha).clamp(0, 1) * self.opacity
+        if self.kind == "texture":
+            paint = foreign
+        elif self.kind == "smear":
+            paint = torch.from_numpy(ndimage.gaussian_filter(image.numpy(), (0, side * .03, side * .03)))
+            paint = 0.8 * paint + 0.2 * torch.tensor(self.colour)[:, None, None].float()
+        elif self.kind == "dent":  # light on one side, shade on the other
+            height = ndimage.gaussian_filter(mask.astype(np.float32), self.size * side / 5)
+            slope = np.gradient(height, axis=0) + np.gradient(height, axis=1)
+            paint, alpha = image + torch.from_numpy(0.5 * slope / (np.abs(slope).max() + 1e-6)).float(), alpha.sign() * self.opacity
+        else:
+            paint = torch.tensor(self.colour)[:, None, None].float() + 0.03 * torch.randn(
+                (3, side, side), generator=torch.Generator().manual_seed(int(rng.integers(1 << 30))))
+        return (image * (1 - alpha) + paint * alpha).clamp(0, 1), torch.from_numpy(mask)
+
+    def _shape(self, side: int, rng: np.random.Generator) -> np.ndarray:
+        length, thick = self.size * side * rng.uniform(0.7, 1.3), max(0.6, self.width * side * rng.uniform(0.8, 1.2))
+        seeds = np.ones((side, side), bool)
+        yx, angle = rng.uniform(0.1, 0.9, 2) * side, rng.uniform(0, 2 * np.pi)
+        if self.kind in ("scratch", "crack"):
+            bend = rng.normal(0, 0.004) if self.kind == "scratch" else 0
+            for _ in range(int(length)):
+                angle += bend + (rng.normal(0, 0.25) if self.kind == "crack" else 0)
+                yx = yx + (np.sin(angle), np.cos(angle))
+                y, x = yx.astype(int)
+                if 0 <= y < side and 0 <= x < side:
+                    seeds[y, x] = False
+            return ndimage.distance_transform_edt(seeds) <= thick / 2 if not seeds.all() else ~seeds
+        if self.kind == "speckle":
+            spots = (yx[:, None] + rng.normal(0, length / 3, (2, 25))).astype(int)
+            spots = spots[:, ((spots >= 0) & (spots < side)).all(axis=0)]
+            seeds[spots[0], spots[1]] = False
+            return ndimage.distance_transform_edt(seeds) <= thick if not seeds.all() else ~seeds
+        y, x = np.mgrid[:side, :side] - yx[:, None, None]
+        u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+        radius = np.hypot(u, v * rng.uniform(1, 2.2)) / (length / 2 + 1)
+        ragged = ndimage.gaussian_filter(rng.normal(size=(side, side)), max(1.5, length / 8))
+        ragged *= {"blob": .1, "dent": .05, "missing": .15}.get(self.kind, .45) / (ragged.std() + 1e-9)
+        return radius + ragged < 1
+
+
+# ---- Cached views ----------------------------------------------------------------------------------------------------
+
+
+class ViewCache:
+    """Augmented views of one source with the frozen encoder's features, kept on disk as three arrays and an index.
+
+    features  (V, B, D, H0, W0) float16, the tapped blocks; images (V, 3, 8 H0, 8 W0) uint8; labels (V, S, S) uint8.
+    index     one record a view: {"names": {value: label}, "group", "image"}.
+    """
+
+    def __init__(self, folder: Path):
+        self.name = folder.name
+        self.index = json.loads((folder / "index.json").read_text())
+        self.features, self.images, self.labels = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("features", "images", "labels"))
+
+    @staticmethod
+    def build(folder: Path, views: int, make, encoder: icas.Encoder, blocks: tuple[int, ...], size: int) -> None:
+        """`make(i)` gives (image (3, S, S), labels (S, S), index record) of view i. Written whole or not at all."""
+        part = folder.with_suffix(".part")
+        part.mkdir(parents=True, exist_ok=True)
+        grid, dim = size // encoder.patch_size, encoder.cls_token.shape[-1]
+        arrays = {name: np.lib.format.open_memmap(part / f"{name}.npy", "w+", dtype, (views, *shape)) for name, dtype, shape in (
+            ("features", np.float16, (len(blocks), dim, grid, grid)), ("images", np.uint8, (3, 8 * grid, 8 * grid)),
+            ("labels", np.uint8, (size, size)))}
+        index = []
+        for i in tqdm(range(views), desc=folder.name, disable=not sys.stderr.isatty()):
+            image, labels, record = make(i)
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=icas.fast_bf16("cpu")):
+                maps = encoder(image[None], blocks)
+            arrays["features"][i] = torch.cat(maps).half().numpy()
+            small = F.interpolate(image[None], size=(8 * grid, 8 * grid), mode="bilinear", antialias=True)[0]
+            arrays["images"][i] = (small * 255).round().byte().numpy()
+            arrays["labels"][i] = labels.numpy()
+            index.append(record)
+        for array in arrays.values():
+            array.flush()
+        (part / "index.json").write_text(json.dumps(index))
+        part.replace(folder)
+
+
+def build_set(folder: Path, manifest: Path, count: int, views: int, good: int, turns: bool, seed: int, encoder, blocks, size) -> None:
+    """Cache `views` views of up to `count` marked images of a manifest, and of `good` unmarked ones."""
+    rng = np.random.default_rng([seed, sum(map(ord, folder.name))])
+    records = read_manifest(manifest)
+    marked, plain = [r for r in records if "mask" in r], [r for r in records if "mask" not in r]
+    marked = [marked[i] for i in sorted(rng.permutation(len(marked))[:count])]
+    plain = [plain[i] for i in sorted(rng.permutation(len(plain))[:good])]
+    jobs = [r for r in marked + plain for _ in range(views)]
+
+    def make(i: int):
+        image, labels = augment(*read_record(jobs[i]), size, np.random.default_rng([seed, i]), turns)
+        return image, labels, {"names": jobs[i].get("labels", {}), "group": jobs[i]["group"], "image": jobs[i]["image"]}
+    ViewCache.build(folder, len(jobs), make, encoder, blocks, size)
+
+
+def build_synthetic(folder: Path, manifests: list[Path], kinds: int, views: int, seed: int, encoder, blocks, size) -> None:
+    """Cache `views` images of each of `kinds` synthetic defects, on surfaces drawn from all manifests alike."""
+    pools = [read_manifest(m) for m in manifests]
+
+    def surface(rng: np.random.Generator) -> Tensor:
+        pool = pools[rng.integers(len(pools))]
+        return augment(*read_record(pool[rng.integers(len(pool))]), size, rng, True)[0]
+
+    def make(i: int):
+        kind, view = divmod(i, views)
+        defect, rng = SyntheticDefect.draw(np.random.default_rng([seed, kind])), np.random.default_rng([seed, kind, view])
+        home = np.random.default_rng([seed, kind, 99])  # half of the kinds stay on one kind of surface, as real defects do
+        same = kind % 2 == 0
+        pool = pools[home.integers(len(pools))]
+        base = augment(*read_record(pool[(rng if view or not same else home).integers(len(pool))]), size, rng, True)[0] if same else surface(rng)
+        image, mask = defect.paint(base, surface(np.random.default_rng(defect.texture)), rng)
+        return image, mask.byte(), {"names": {"1": f"{defect.kind}_{kind}"}, "group": f"{kind}_{view}", "image": "synthetic"}
+    ViewCache.build(folder, kinds * views, make, encoder, blocks, size)
+
+
+# ---- Pairs (R14) -----------------------------------------------------------------------------------------------------
+
+
+class Pairs:
+    """Draws batches of (reference, target) from view caches; batch i depends on (seed, i) alone."""
+
+    def __init__(self, caches: list[ViewCache], weights: list[float], anomaly: set[str], batch_size: int, seed: int):
+        self.caches, self.batch_size, self.seed, self.anomaly = caches, batch_size, seed, anomaly
+        self.weights = np.array(weights) / sum(weights)
+        self.by_label: list[dict[str, list[int]]] = []   # a cache: label -> views that show it
+        self.values: list[list[dict[str, int]]] = []     # a cache: view -> {label: value present}
+        for cache in caches:
+            table: dict[str, list[int]] = {}
+            values = []
+            for i, record in enumerate(cache.index):
+                present = set(np.unique(cache.labels[i]).tolist())
+                here = {name: int(v) for v, name in record["names"].items() if int(v) in present}
+                values.append(here)
+                for name in here:
+                    table.setdefault(name, []).append(i)
+            self.by_label.append({k: v for k, v in sorted(table.items()) if len(v) > 1})
+            self.values.append(values)
+
+    def __call__(self, step: int) -> icas.Batch:
+        rng = np.random.default_rng([self.seed, step])
+        return collate([self.draw(rng) for _ in range(self.batch_size)])
+
+    def draw(self, rng: np.random.Generator) -> dict:
+        s = int(rng.choice(len(self.caches), p=self.weights))
+        cache, table = self.caches[s], self.by_label[s]
+        counts = np.sqrt([len(v) for v in table.values()])
+        label = list(table)[rng.choice(len(table), p=counts / counts.sum())]
+        target = int(rng.choice(table[label]))
+        group, image = cache.index[target]["group"], cache.index[target]["image"]
+        alike = [i for i in table[label] if i != target and cache.index[i]["image"] == image and image != "synthetic"]
+        other = [i for i in table[label] if cache.index[i]["group"] != group]
+        pool = alike if alike and (not other or rng.random() < 0.35) else other
+        reference = int(rng.choice(pool)) if pool else target
+        mode = rng.random()
+        grid = cache.features.shape[-1]
+        value = self.values[s][reference].get(label, -1)
+        marks = torch.from_numpy(cache.labels[reference].copy())
+        if cache.name in self.anomaly and mode < 0.15:    # normal references: everything unmarked, all defects are the answer
+            foreground, background = torch.zeros(grid, grid), 1 - icas.token_share((marks > 0)[None].float(), grid, grid)[0]
+            background = (background > 0.999).float()
+            wanted = set(self.values[s][target].values())
+        elif mode < 0.3 or reference == target:           # clicks on the target itself
+            reference = target
+            marks = torch.from_numpy(cache.labels[target].copy())
+            inside = (marks == self.values[s][target][label]).numpy()
+            foreground, background = clicks(inside, int(rng.integers(1, 6)), rng, grid), clicks(~inside, int(rng.integers(1, 6)), rng, grid)
+            wanted = {self.values[s][target][label]}
+        else:
+            foreground = icas.token_share((marks == value)[None].float(), grid, grid)[0]
+            background = 1 - foreground
+            wanted = {self.values[s][target][label]}
+        return {"target": (cache.features[target], cache.images[target]), "reference": cache.features[reference],
+                "foreground": foreground, "background": background, "labels": torch.from_numpy(cache.labels[target].copy()), "wanted": wanted}
+
+
+def clicks(inside: np.ndarray, count: int, rng: np.random.Generator, grid: int) -> Tensor:
+    """Token shares of `count` disks at random marked pixels (R21); a region too small for one gives a single pixel."""
+    side = len(inside)
+    y, x = np.nonzero(inside)
+    if not len(y):
+        return torch.zeros(grid, grid)
+    chosen = rng.integers(len(y), size=count)
+    return icas.token_share(icas.disks([(float(x[i]), float(y[i])) for i in chosen], side, side)[None], grid, grid)[0]
+
+
+def segments(labels: Tensor, wanted: set[int], size: int) -> icas.Truths:
+    """Truths of one target (R11): the prompted label, each other labelled segment, the unlabelled rest."""
+    values = [v for v in torch.unique(labels).tolist() if v not in wanted]
+    prompted = torch.isin(labels, torch.tensor(sorted(wanted), dtype=labels.dtype))
+    masks = [prompted] * bool(prompted.any()) + [labels == v for v in values[:12]]
+    masks = F.adaptive_avg_pool2d(torch.stack(masks).float(), size)
+    return icas.Truths(masks, torch.tensor([0] * bool(prompted.any()) + [1] * len(values[:12])))
+
+
+def collate(pairs: list[dict]) -> icas.Batch:
+    stack = lambda arrays: torch.from_numpy(np.stack(arrays)).float()  # noqa: E731
+    grid = pairs[0]["reference"].shape[-1]
+    flat = lambda arrays: stack(arrays).flatten(1, 2)  # noqa: E731  blocks and channels
+    return icas.Batch(icas.Features(flat([p["target"][0] for p in pairs]), stack([p["target"][1] for p in pairs]) / 255),
+                      flat([p["reference"] for p in pairs]), torch.stack([p["foreground"] for p in pairs]),
+                      torch.stack([p["background"] for p in pairs]), [segments(p["labels"], p["wanted"], 4 * grid) for p in pairs])
+
+
+# ---- Fusion (R18) ----------------------------------------------------------------------------------------------------
+
+
+def learn_fusion(model: icas.ICAS, caches: list[ViewCache], pairs: int, seed: int = 0) -> dict[str, Tensor]:
+    """Weights of the fused log-odds, for prompts with and without a marked anomaly, on sets that the decoder was not trained on.
+
+    Maximises the soft IoU of each label, pooled over its pairs as the protocol does; starts from the model's own weights.
+    """
+    learned = {}
+    for mode in ("marked", "normal"):
+        source, rng = Pairs(caches, [1.0] * len(caches), set(), 1, seed), np.random.default_rng(seed)
+        terms, truths, owner, names = [], [], [], []
+        for s, cache in enumerate(caches):
+            for label, views in source.by_label[s].items():
+                names.append(f"{cache.name}/{label}")
+                for _ in range(pairs):
+                    a, b = rng.choice(views, 2, replace=False)
+                    if cache.index[a]["group"] == cache.index[b]["group"]:
+                        continue
+                    grid = cache.features.shape[-1]
+                    marks = torch.from_numpy(cache.labels[a].copy())
+                    foreground = icas.token_share((marks == source.values[s][a][label])[None].float(), grid, grid)[0]
+                    background = 1 - foreground
+                    if mode == "normal":
+                        background = (icas.token_share((marks == 0)[None].float(), grid, grid)[0] > 0.999).float()
+                        foreground = torch.zeros_like(foreground)
+                    if not background.any():
+                        continue
+                    wanted = {source.values[s][b][label]} if mode == "marked" else set(source.values[s][b].values())
+                    labels = torch.from_numpy(cache.labels[b].copy())
+                    batch = collate([{"target": (cache.features[b], cache.images[b]), "reference": cache.features[a], "foreground": foreground,
+                                      "background": background, "labels": labels, "wanted": wanted}])
+                    with torch.no_grad():
+                        prompt = icas.Prompt(model.tokens(batch.reference), model.neck(batch.reference).flatten(2).transpose(1, 2),
+                                             foreground.flatten()[None], background.flatten()[None])
+                        _, scores, _ = icas._log_odds(model, batch.target, prompt, None)
+                        terms.append(icas.evidence(scores, mode == "marked")[0, :, ::2, ::2].flatten(1))
+                    truths.append(batch.truths[0].masks[0][::2, ::2].flatten())
+                    owner.append(len(names) - 1)
+        x, y, own = torch.stack(terms).clone(), torch.stack(truths), torch.tensor(owner)
+        weight = getattr(model, f"fusion_{mode}").clone().requires_grad_()
+        optimizer = torch.optim.Adam([weight], lr=0.02)
+
+        def pooled_iou(w: Tensor, hard: bool = False) -> Tensor:
+            odds = torch.einsum("nkp,k->np", x, w[:-1].clamp_min(0)) + w[-1]
+            p, t = (odds > 0).float() if hard else odds.sigmoid(), (y > 0.5).float() if hard else y
+            both, either = (p * t).sum(dim=1), (p + t - p * t).sum(dim=1)
+            return torch.stack([both[own == i].sum() / either[own == i].sum() for i in own.unique()])
+        before = pooled_iou(weight.detach(), True)
+        for _ in range(400):
+            optimizer.zero_grad()
+            (-pooled_iou(weight).mean() + 1e-3 * weight.square().sum()).backward()
+            optimizer.step()
+        final = torch.cat([weight.detach()[:-1].clamp_min(0), weight.detach()[-1:]])
+        after = pooled_iou(final, True)
+        print(f"fusion, {mode}: " + ", ".join(f"{names[n]} {100 * a:.1f} -> {100 * b:.1f}" for n, a, b in zip(own.unique().tolist(), before, after))
+              + f"; weights {[round(v, 3) for v in final.tolist()]}", file=sys.stderr)
+        for k, part in enumerate(("S", "S mfm", "relation", "margin", "prototype", "fisher")):
+            alone = torch.zeros(7)
+            alone[k] = 1
+            print(f"   {part} alone: {100 * pooled_iou(alone, True).mean():.1f}", file=sys.stderr)
+        learned[mode] = final
+    return learned
+
+
+# ---- Command line ----------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=["generic", "anomaly"], required=True, help="generic photographs first, then defects")
+    parser.add_argument("--out", required=True, help="folder for last.safetensors, log.jsonl and (by default) the views")
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", nargs="+", required=True, help="manifests, or folders that hold one")
+    group.add_argument("--weights", nargs="+", type=float, help="how often each manifest is drawn from, then the synthetic defects (default 1 each)")
+    group.add_argument("--images", type=int, default=300, help="marked images of each manifest at most (default 300)")
+    group.add_argument("--good", type=int, default=40, help="unmarked images of each manifest at most (default 40)")
+    group.add_argument("--views", type=int, default=1, help="augmented views of each image (default 1)")
+    group.add_argument("--synthetic", type=int, default=0, metavar="KINDS", help="kinds of synthetic defect, three views each (default 0)")
+    group.add_argument("--held-out", nargs="*", default=[], help="manifests that are not trained on: the score fusion is learned there")
+    group.add_argument("--cache", help="folder that keeps the encoded views (default OUT/views)")
+    group = parser.add_argument_group("model (ignored with --init)")
+    group.add_argument("--init", help="checkpoint to start from")
+    group.add_argument("--encoder", default="checkpoints/dinov2-vits14.safetensors", help="encoder weights, any layout that icas.convert reads")
+    paper = icas.Config()
+    group.add_argument("--encoder-name", default=paper.encoder, help="vits14, vitb14, vitl14, vitg14, each also with -reg (default vits14)")
+    group.add_argument("--image-size", type=int, default=paper.image_size, help="pixels, a multiple of 14 (default 518)")
+    group.add_argument("--blocks", type=int, nargs="*", default=[], help="tapped encoder blocks from 1 (default: two thirds of the depth, last)")
+    for name in ("queries", "dim", "layers", "ffn_dim", "pixel_dim"):
+        group.add_argument("--" + name.replace("_", "-"), type=int, default=getattr(paper, name), help=f"see icas.Config (default {getattr(paper, name)})")
+    group = parser.add_argument_group("recipe (defaults: METHOD R16)")
+    group.add_argument("--steps", type=int, help="optimizer steps (default 50000 generic, 5000 anomaly)")
+    group.add_argument("--batch-size", type=int, default=32, help="pairs a step (default 32)")
+    group.add_argument("--lr", type=float, default=1e-4, help="peak learning rate of AdamW (default 1e-4)")
+    group.add_argument("--hide-features", type=float, default=0.3, help="share of pairs whose raw features are hidden (default 0.3)")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--log-every", type=int, default=20, help="steps between lines (default 20)")
+    return parser
+
+
+def start_model(args: argparse.Namespace) -> icas.ICAS:
+    if args.init:
+        return icas.load(args.init, encoder=args.encoder, device="cpu").requires_grad_(False)
+    torch.manual_seed(args.seed)
+    model = icas.ICAS(icas.Config(encoder=args.encoder_name, image_size=args.image_size, blocks=tuple(args.blocks), queries=args.queries,
+                                  dim=args.dim, layers=args.layers, ffn_dim=args.ffn_dim, pixel_dim=args.pixel_dim))
+    model.encoder.load_state_dict(icas.load_encoder(args.encoder))
+    model.encoder_sha256 = icas._sha256(args.encoder)
+    return model
+
+
+def open_caches(args: argparse.Namespace, model: icas.ICAS, manifests: list[str]) -> list[ViewCache]:
+    """Build what is not there yet, then open it: one cache a manifest, named after its folder."""
+    root, config = Path(args.cache or Path(args.out) / "views"), model.config
+    caches = []
+    for manifest in manifests:
+        name = (Path(manifest).parent if Path(manifest).suffix else Path(manifest)).name
+        if not (root / name).is_dir():
+            build_set(root / name, Path(manifest), args.images, args.views, args.good, args.stage == "anomaly", args.seed, model.encoder,
+                      config.blocks, config.image_size)
+        caches.append(ViewCache(root / name))
+    return caches
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        return run(args)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    out, model = Path(args.out), start_model(args)
+    out.mkdir(parents=True, exist_ok=True)
+    caches = open_caches(args, model, args.data)
+    anomaly = {c.name for c in caches} if args.stage == "anomaly" else set()
+    if args.synthetic:
+        folder = Path(args.cache or out / "views") / "synthetic"
+        if not folder.is_dir():
+            build_synthetic(folder, [Path(m) for m in args.data], args.synthetic, 3, args.seed, model.encoder, model.config.blocks, model.config.image_size)
+        caches.append(ViewCache(folder))
+        anomaly.add("synthetic")
+    weights = args.weights or [1.0] * len(caches)
+    if len(weights) != len(caches):
+        raise ValueError(f"--weights: expected {len(caches)} numbers, one for each of {[c.name for c in caches]}, got {len(weights)}")
+    pairs = Pairs(caches, weights, anomaly, args.batch_size, args.seed)
+    empty = [c.name for c, table in zip(caches, pairs.by_label) if not table]
+    if empty:
+        raise ValueError(f"--data: no label is in two views of {empty}; raise --views or leave them out")
+    steps = args.steps or {"generic": 50_000, "anomaly": 5_000}[args.stage]
+    print(f"{args.stage}: {steps} steps of {args.batch_size} pairs from " + ", ".join(f"{c.name} {len(c.index)}" for c in caches), file=sys.stderr)
+    model.decoder.requires_grad_(True)
+    start, recent = time.time(), []
+    with open(out / "log.jsonl", "a") as log:
+        def report(step: int, parts: dict, optimizer: torch.optim.Optimizer) -> None:
+            recent.append(parts)
+            if (step + 1) % args.log_every and step + 1 != steps:
+                return
+            mean = {k: float(np.mean([p[k] for p in recent])) for k in parts}
+            recent.clear()
+            rate = (time.time() - start) / (step + 1)
+            print(f"step {step + 1:>6}/{steps} | loss {mean['loss']:.3f} (" + " ".join(f"{k} {v:.2f}" for k, v in mean.items() if k != "loss")
+                  + f") | lr {optimizer.param_groups[0]['lr']:.1e} | {1000 * rate:.0f} ms | {args.batch_size / rate:.1f} pairs/s", file=sys.stderr)
+            log.write(json.dumps({"step": step + 1, "seconds": time.time() - start} | mean) + "\n")
+            log.flush()
+        icas.fit(model, pairs, steps=steps, lr=args.lr, hide_features=args.hide_features, seed=args.seed, callback=report)
+    if args.held_out:
+        for mode, weight in learn_fusion(model, open_caches(args, model, args.held_out), 25, args.seed).items():
+            setattr(model, f"fusion_{mode}", weight)
+    icas.save(model, out / "last.safetensors", {"arguments": vars(args), "seconds": round(time.time() - start)})
+    print(out / "last.safetensors")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
