@@ -1708,15 +1708,19 @@ def convert(state: dict[str, Tensor] | str | os.PathLike) -> dict[str, Tensor]:
 def _from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     names = {"embeddings.cls_token": "cls_token", "embeddings.mask_token": "mask_token", "embeddings.position_embeddings": "pos_embed",
              "embeddings.register_tokens": "register_tokens", "embeddings.patch_embeddings.projection.": "patch_embed.proj.",
-             "encoder.layer.": "blocks.", "layernorm.": "norm.", "attention.output.dense": "attn.proj",
+             "encoder.layer.": "blocks.", "layernorm.": "norm.", "attention.output.dense": "attn.proj", "attention.o_proj": "attn.proj",
              "layer_scale1.lambda1": "ls1.gamma", "layer_scale2.lambda1": "ls2.gamma", "mlp.weights_in": "mlp.w12",
              "mlp.weights_out": "mlp.w3"}
+    # transformers up to 4 named the parts "attention.attention.query", from 5 on "attention.q_proj"
+    parts = ("attention.attention.query", "attention.attention.key", "attention.attention.value")
+    if not any(parts[0] in key for key in state):
+        parts = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
     ours: dict[str, Tensor] = {}
     for key, value in state.items():
-        if "attention.attention.query" in key:
-            value = torch.cat([state[key.replace("query", part)] for part in ("query", "key", "value")])
-            key = key.replace("attention.attention.query", "attn.qkv")
-        elif "attention.attention" in key:
+        if parts[0] in key:
+            value = torch.cat([state[key.replace(parts[0], part)] for part in parts])
+            key = key.replace(parts[0], "attn.qkv")
+        elif any(part in key for part in parts):
             continue
         for theirs, mine in names.items():
             if theirs in key and not (theirs == "layernorm." and not key.startswith(theirs)):

@@ -1,0 +1,78 @@
+"""Sec. 3.2: matching and losses against brute force and NumPy; Sec. 3.3: the training loop."""
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import icas
+from test_sec_3_1_framework import pairs
+
+sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
+
+
+def cost_of(probs, logits, classes, truths):
+    cost = np.zeros((len(logits), len(truths)))
+    for k, n in np.ndindex(*cost.shape):
+        m, t = sigmoid(logits[k]), truths[n]
+        bce = -(t * np.log(m) + (1 - t) * np.log(1 - m)).mean()
+        dice = 1 - (2 * (m * t).sum() + 1) / (m.sum() + t.sum() + 1)
+        cost[k, n] = -2 * (probs[0, k, classes[n]] + probs[1, k, classes[n]]) + 5 * bce + 5 * dice
+    return cost
+
+
+@pytest.mark.parametrize("k, n", [(5, 3), (2, 4), (4, 4)])
+def test_matching_equals_brute_force_over_permutations(rng, k, n):
+    probs, logits = rng.dirichlet(np.ones(3), size=(2, k)), rng.normal(size=(k, 20))
+    classes, truths = rng.integers(0, 2, n), (rng.random((n, 20)) > 0.5).astype(float)
+    cost = cost_of(probs, logits, classes, truths)
+    if k >= n:
+        best = min(sum(cost[q, j] for j, q in enumerate(p)) for p in itertools.permutations(range(k), n))
+    else:
+        best = min(sum(cost[i, t] for i, t in enumerate(p)) for p in itertools.permutations(range(n), k))
+    rows, columns = icas.match(*map(torch.from_numpy, (probs, logits, classes, truths)))
+    assert len(rows) == min(k, n)
+    assert cost[rows.numpy(), columns.numpy()].sum() == pytest.approx(best, rel=1e-9)
+
+
+def test_mask_loss_is_five_bce_and_five_dice(rng):
+    logits, truths = rng.normal(size=(4, 30)), rng.random((4, 30))
+    m = sigmoid(logits)
+    bce = -(truths * np.log(m) + (1 - truths) * np.log(1 - m)).mean(axis=1)
+    dice = 1 - (2 * (m * truths).sum(axis=1) + 1) / (m.sum(axis=1) + truths.sum(axis=1) + 1)
+    np.testing.assert_allclose(icas.mask_loss(torch.from_numpy(logits), torch.from_numpy(truths)).numpy(), 5 * bce + 5 * dice, rtol=1e-12)
+
+
+def fresh(seed=0):
+    torch.manual_seed(seed)
+    return icas.ICAS(icas.Config(encoder="tiny14", image_size=112, blocks=(2, 3, 4), debias=4, queries=12, dim=32, heads=4, layers=2, ffn_dim=64,
+                                 pixel_dim=16, relation_dim=16))
+
+
+def test_fit_lowers_the_loss_and_the_same_seed_gives_the_same_weights():
+    ends = []
+    for _ in range(2):
+        model, losses = fresh(), []
+        batch = pairs(model)
+        icas.fit(model, lambda step: batch, steps=25, lr=2e-3, warmup=5, callback=lambda step, parts, o: losses.append(parts["loss"]))
+        assert losses[-1] < 0.8 * losses[0] and not model.training
+        ends.append(model.decoder.state_dict())
+    assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
+
+
+def test_a_resumed_fit_ends_where_an_unbroken_one_does():
+    whole, parts = fresh(), fresh()
+    batches = lambda step: pairs(whole, seed=step)  # noqa: E731
+    icas.fit(whole, batches, steps=6, warmup=2)
+    optimizer = icas.make_optimizer(parts.decoder, 1e-4, 0.05)
+    icas.fit(parts, batches, steps=6, warmup=2, optimizer=optimizer, callback=lambda step, *_: step == 2)
+    icas.fit(parts, batches, steps=6, warmup=2, optimizer=optimizer, start=3)
+    assert all(torch.equal(a, b) for a, b in zip(whole.decoder.state_dict().values(), parts.decoder.state_dict().values()))
+
+
+def test_normal_references_and_targets_without_a_defect_have_a_finite_loss():
+    model = fresh()
+    batch = pairs(model)
+    rest = [icas.Truths(torch.ones(1, 32, 32), torch.tensor([1]))] * 2
+    for changed in (batch._replace(foreground=batch.foreground * 0, background=torch.ones(2, 8, 8)), batch._replace(truths=rest)):
+        assert torch.isfinite(sum(icas.pair_loss(model, changed, torch.Generator().manual_seed(0)).values()))
