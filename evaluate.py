@@ -2,6 +2,8 @@
 """Evaluate a checkpoint by the semantic protocol (Tables 1, 6, 10), beside training-free baselines on the same features.
 
     python evaluate.py --task semantic --data DIR/magnetic_tile/manifest.jsonl --seeds 5 --out runs/magnetic_tile
+    python evaluate.py --task speed --out runs/speed                           # seconds an image, the shipped model
+    python evaluate.py --task speed --encoder vitl14 --out runs/speed          # the paper's shapes, random weights
 
 One random prompt for each (object, defect type) and seed; test on every other image of that type that shows another physical item
 (`group`). Intersections and unions are summed over the images of a type at the mask's own resolution; an object is the mean of its
@@ -99,6 +101,27 @@ def semantic(model: icas.ICAS, manifest: str, seeds: int, options: dict) -> dict
             "seeds": by_seed, "files": files}
 
 
+def speed(model: icas.ICAS, repeats: int = 9) -> dict:
+    """Median seconds of `segment` with encoded references, and of the encoder alone, on one square image, in turn."""
+    size = model.config.image_size
+    image, mask = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8), np.zeros((size, size), bool)
+    mask[size // 4:size // 3, size // 4:size // 2] = True
+    references, pixels, seconds = icas.encode([(image, mask)], model=model), torch.rand(1, 3, size, size, device=model.device), {}
+
+    def encoder() -> None:
+        with torch.inference_mode(), model.autocast():
+            model.encoder(pixels, model.config.blocks)[0].sum().item()  # .item() waits for a GPU
+    for turn in range(repeats + 1):
+        for name, work in (("encoder", encoder), ("segment", lambda: icas.segment(image, references, model=model))):
+            start = time.perf_counter()
+            work()
+            if turn:  # the first warms up
+                seconds.setdefault(name, []).append(time.perf_counter() - start)
+    median = {name: float(np.median(values)) for name, values in seconds.items()}
+    count = {name: sum(p.numel() for p in part.parameters()) for name, part in (("encoder", model.encoder), ("decoder", model.decoder))}
+    return {"seconds": median, "ratio": median["segment"] / median["encoder"], "parameters": count, "image_size": size}
+
+
 def table(result: dict) -> str:
     """Rows of methods, columns of types, in percent."""
     rows = {"icas": result} | result["parts"] | result["baselines"]
@@ -110,16 +133,29 @@ def table(result: dict) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=["semantic"], required=True)
-    parser.add_argument("--data", nargs="+", required=True, help="manifests, or folders that hold one")
+    parser.add_argument("--task", choices=["semantic", "speed"], required=True)
+    parser.add_argument("--data", nargs="+", default=[], help="manifests, or folders that hold one")
     parser.add_argument("--seeds", type=int, default=5, help="random prompts for each type (default 5)")
     parser.add_argument("--model", help="checkpoint (default: the shipped one)")
+    parser.add_argument("--encoder", choices=[n + r for n in icas.ENCODERS for r in ("", "-reg")],
+                        help="speed only: the paper's shapes on this encoder with random weights, in place of a checkpoint")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default auto)")
     parser.add_argument("--mfm", action=argparse.BooleanOptionalAction, default=True, help="mask-level feature matching (Table 7)")
     parser.add_argument("--gqs", action=argparse.BooleanOptionalAction, default=True, help="greedy query selection (Table 7)")
     parser.add_argument("--out", required=True, help="folder for results.json and tables.txt")
     args = parser.parse_args(argv)
+    if (args.task == "semantic") != bool(args.data):
+        parser.error("--data: semantic needs at least one manifest, speed takes none")
+    out = Path(args.out)
     try:
+        if args.task == "speed":
+            config = icas.Config(encoder=args.encoder) if args.encoder else None
+            model = icas.ICAS(config).to(icas._device(args.device)).eval().requires_grad_(False) if config else icas.load(args.model, device=args.device)
+            record = speed(model) | {"device": str(model.device), "bf16": icas.fast_bf16(model.device), "threads": torch.get_num_threads()}
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "results.json").write_text(json.dumps(record, indent=1))
+            print(json.dumps(record))
+            return 0
         path = args.model or icas._shipped_path()
         model, start = icas.load(path, device=args.device), time.time()
         results = {Path(m).parent.name if Path(m).suffix else Path(m).name: semantic(model, m, args.seeds, {"mfm": args.mfm, "gqs": args.gqs})
@@ -127,7 +163,6 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, TypeError, FileNotFoundError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2
-    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     first = next(iter(results.values()))
     head = {"mean_iou": float(np.mean([r["mean_iou"] for r in results.values()])), "iou": first["iou"], "baselines": first["baselines"]}

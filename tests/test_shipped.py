@@ -1,6 +1,5 @@
 """The shipped checkpoint and the README, as a user meets them."""
 import json
-import re
 import shlex
 from pathlib import Path
 
@@ -42,7 +41,9 @@ def folder(tmp_path, cells, prompt_mask, monkeypatch):
 
 
 def readme_blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    """Fenced blocks of the README whose opening fence names `language`."""
+    fenced = (ROOT / "README.md").read_text(encoding="utf-8").split("```")[1::2]
+    return [text for name, _, text in (block.partition("\n") for block in fenced) if name == language]
 
 
 def test_one_outlined_dark_area_marks_the_dark_area_of_another_cell(cells, prompt_mask):
@@ -88,6 +89,13 @@ def test_the_readme_s_commands_run_as_printed(folder):
     for command in commands:
         assert icas.main(shlex.split(command)[1:]) == 0, command
     assert json.loads((folder / "found" / "coco.json").read_text())["annotations"]
+
+
+def test_speed_is_measured_beside_the_encoder_s_own(tmp_path):
+    import evaluate
+    assert evaluate.main(["--task", "speed", "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert record["ratio"] > 1 and record["parameters"]["encoder"] == 22_056_192
 
 
 def test_training_and_evaluation_run_from_a_manifest(tmp_path, cells, prompt_mask):
