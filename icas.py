@@ -951,7 +951,7 @@ def to_rgb(image: Any, name: str = "image", value_range: tuple[float, float] | N
             raise ValueError(f"{name}: expected a float tensor in [0, 1], got [{x.min():.3g}, {x.max():.3g}] "
                              "(or NaN); pass uint8, or to_rgb(image, value_range=(low, high))")
     elif x.dtype != torch.uint8:
-        raise ValueError(f"{name}: expected 8-bit values (uint8), got {x.dtype}; say what is black and white with "
+        raise ValueError(f"{name}: expected 8-bit values (uint8), got {image.dtype}; say what is black and white with "
                          "to_rgb(image, value_range=(low, high)), or --range LOW HIGH on the command line")
     if x.is_floating_point():
         if not torch.isfinite(x).all():

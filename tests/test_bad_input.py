@@ -92,7 +92,7 @@ ROWS = [
     (lambda c: icas.to_rgb(torch.full((3, 9, 9), 255.0)), ValueError, "expected a float tensor in [0, 1], got [255, 255]"),
     (lambda c: icas.to_rgb(NAN), ValueError, "NaN"),
     (lambda c: icas.to_rgb(torch.full((3, 9, 9), -torch.inf)), ValueError, "[0, 1]"),
-    (lambda c: icas.to_rgb(np.zeros((9, 9, 3), np.float32)), ValueError, "expected 8-bit values (uint8), got torch.float32"),
+    (lambda c: icas.to_rgb(np.zeros((9, 9, 3), np.float32)), ValueError, "expected 8-bit values (uint8), got float32"),
     (lambda c: icas.to_rgb(np.zeros((9, 9), np.uint16)), ValueError, "value_range=(low, high)"),
     (lambda c: icas.to_rgb(np.zeros((9, 9), np.int64)), ValueError, "expected 8-bit values"),
     (lambda c: icas.to_rgb(np.zeros((9, 9), np.complex64)), TypeError, "image: expected numbers, got an array of dtype complex64"),
