@@ -70,8 +70,13 @@ def read_record(record: dict) -> tuple[Tensor, Tensor]:
 
 
 def augment(image: Tensor, labels: Tensor, size: int, rng: np.random.Generator, turns: bool) -> tuple[Tensor, Tensor]:
-    """One square view: crop, flip, quarter turn (anomaly data) and colour. returns (3, size, size) and (size, size)."""
+    """One square view: crop or zoom out, flip, quarter turn (anomaly data), colour. returns (3, size, size) and (size, size)."""
     h, w = labels.shape
+    if rng.random() < 0.2:  # zoom out to as little as 0.4: mirrored copies fill the frame
+        pad_y, pad_x = (min(n - 1, round(n * rng.uniform(0.1, 0.75))) for n in (h, w))
+        image = F.pad(image[None], (pad_x, pad_x, pad_y, pad_y), mode="reflect")[0]
+        labels = F.pad(labels[None, None].float(), (pad_x, pad_x, pad_y, pad_y), mode="reflect")[0, 0].byte()
+        h, w = labels.shape
     for attempt in range(10):
         side, aspect = min(h, w) * rng.uniform(0.45, 1.0), np.exp(rng.uniform(-0.2, 0.2))
         ch, cw = min(h, round(side * aspect)), min(w, round(side / aspect))
@@ -94,10 +99,18 @@ def augment(image: Tensor, labels: Tensor, size: int, rng: np.random.Generator, 
 
 
 def colour(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Light, contrast, tint, blur and noise; (3, H, W) in [0, 1]."""
+    """Light, shade, contrast, tint, blur and noise; (3, H, W) in [0, 1]."""
+    if rng.random() < 0.1:
+        image = 1 - image
+    if rng.random() < 0.15:
+        image = image[rng.permutation(3)]
+    if rng.random() < 0.3:  # light from one side
+        angle, depth = rng.uniform(0, 2 * np.pi), rng.uniform(0.1, 0.6)
+        y, x = (torch.linspace(-0.5, 0.5, n) for n in image.shape[-2:])
+        image = image * (1 + depth * (np.sin(angle) * y[:, None] + np.cos(angle) * x))
     gain = torch.from_numpy(rng.uniform(0.75, 1.3) * rng.uniform(0.93, 1.07, (3, 1, 1))).float()
-    image = (image.clamp_min(0) ** rng.uniform(0.7, 1.4)) * gain
-    image = (image - image.mean()) * rng.uniform(0.7, 1.3) + image.mean()
+    image = (image.clamp(0, 1) ** rng.uniform(0.6, 1.7)) * gain
+    image = (image - image.mean()) * rng.uniform(0.5, 1.4) + image.mean()
     if rng.random() < 0.1:
         image = image.mean(dim=0, keepdim=True).expand(3, -1, -1)
     if rng.random() < 0.2:
@@ -118,8 +131,9 @@ class SyntheticDefect:
     softness: float      # blur of the outline, as a share of the side
     count: int           # instances an image, at most
     texture: int         # seed of the image that a foreign texture comes from
+    relative: bool       # the colour shifts that of the surface, as shade and soot do, instead of covering it
 
-    KINDS = ("scratch", "crack", "blob", "stain", "dent", "missing", "texture", "speckle", "smear")
+    KINDS = ("scratch", "crack", "blob", "stain", "dent", "missing", "texture", "speckle", "smear", "pit", "scuff")
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> "SyntheticDefect":
@@ -127,9 +141,10 @@ class SyntheticDefect:
         grey = rng.random()
         tint = tuple(np.clip(grey + rng.normal(0, 0.25 if rng.random() < 0.4 else 0.02, 3), 0, 1))
         small = {"scratch": (.15, .9), "crack": (.2, 1.2), "blob": (.02, .2), "stain": (.1, .5), "dent": (.05, .3),
-                 "missing": (.06, .35), "texture": (.08, .45), "speckle": (.1, .4), "smear": (.1, .5)}[kind]
+                 "missing": (.06, .35), "texture": (.08, .45), "speckle": (.1, .4), "smear": (.1, .5),
+                 "pit": (.01, .05), "scuff": (.15, .8)}[kind]
         return cls(kind, float(np.exp(rng.uniform(*np.log(small)))), float(np.exp(rng.uniform(np.log(.003), np.log(.025)))), tint,
-                   rng.uniform(0.35, 1), rng.uniform(0, 0.006), int(rng.integers(1, 6)), int(rng.integers(1 << 30)))
+                   rng.uniform(0.35, 1), rng.uniform(0, 0.006), int(rng.integers(1, 6)), int(rng.integers(1 << 30)), bool(rng.random() < 0.4))
 
     def paint(self, image: Tensor, foreign: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Damage image (3, S, S) in [0, 1]; `foreign` is another one. returns the image and its bool mask (S, S)."""
@@ -149,12 +164,14 @@ class SyntheticDefect:
             slope = np.gradient(height, axis=0) + np.gradient(height, axis=1)
             paint, alpha = image + torch.from_numpy(0.5 * slope / (np.abs(slope).max() + 1e-6)).float(), alpha.sign() * self.opacity
         else:
-            paint = torch.tensor(self.colour)[:, None, None].float() + 0.03 * torch.randn(
-                (3, side, side), generator=torch.Generator().manual_seed(int(rng.integers(1 << 30))))
+            paint = torch.tensor(self.colour)[:, None, None].float() + torch.from_numpy(rng.normal(0, 0.06, (3, 1, 1))).float()
+            paint = paint + torch.from_numpy(rng.normal(0, 0.03, (3, side, side))).float()
+            if self.relative:
+                paint = image + 0.8 * (paint - 0.5)
         return (image * (1 - alpha) + paint * alpha).clamp(0, 1), torch.from_numpy(mask)
 
     def _shape(self, side: int, rng: np.random.Generator) -> np.ndarray:
-        length, thick = self.size * side * rng.uniform(0.7, 1.3), max(0.6, self.width * side * rng.uniform(0.8, 1.2))
+        length, thick = self.size * side * rng.uniform(0.6, 1.6), max(0.6, self.width * side * rng.uniform(0.7, 1.4))
         seeds = np.ones((side, side), bool)
         yx, angle = rng.uniform(0.1, 0.9, 2) * side, rng.uniform(0, 2 * np.pi)
         if self.kind in ("scratch", "crack"):
@@ -166,6 +183,13 @@ class SyntheticDefect:
                 if 0 <= y < side and 0 <= x < side:
                     seeds[y, x] = False
             return ndimage.distance_transform_edt(seeds) <= thick / 2 if not seeds.all() else ~seeds
+        if self.kind == "scuff":  # many short parallel strokes
+            for _ in range(int(rng.integers(4, 15))):
+                start, steps = yx + rng.normal(0, length / 5, 2), np.arange(int(length * rng.uniform(0.3, 1)))
+                line = (start[:, None] + np.array([[np.sin(angle)], [np.cos(angle)]]) * steps).astype(int)
+                line = line[:, ((line >= 0) & (line < side)).all(axis=0)]
+                seeds[line[0], line[1]] = False
+            return ndimage.distance_transform_edt(seeds) <= thick / 2 if not seeds.all() else ~seeds
         if self.kind == "speckle":
             spots = (yx[:, None] + rng.normal(0, length / 3, (2, 25))).astype(int)
             spots = spots[:, ((spots >= 0) & (spots < side)).all(axis=0)]
@@ -175,7 +199,7 @@ class SyntheticDefect:
         u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
         radius = np.hypot(u, v * rng.uniform(1, 2.2)) / (length / 2 + 1)
         ragged = ndimage.gaussian_filter(rng.normal(size=(side, side)), max(1.5, length / 8))
-        ragged *= {"blob": .1, "dent": .05, "missing": .15}.get(self.kind, .45) / (ragged.std() + 1e-9)
+        ragged *= {"blob": .1, "dent": .05, "missing": .15, "pit": .1}.get(self.kind, .45) / (ragged.std() + 1e-9)
         return radius + ragged < 1
 
 
@@ -293,35 +317,45 @@ class Pairs:
         pool = alike if alike and (not other or rng.random() < 0.35) else other
         reference = int(rng.choice(pool)) if pool else target
         mode = rng.random()
-        grid = cache.features.shape[-1]
         value = self.values[s][reference].get(label, -1)
         marks = torch.from_numpy(cache.labels[reference].copy())
         if cache.name in self.anomaly and mode < 0.15:    # normal references: everything unmarked, all defects are the answer
-            foreground, background = torch.zeros(grid, grid), 1 - icas.token_share((marks > 0)[None].float(), grid, grid)[0]
-            background = (background > 0.999).float()
+            foreground, background = torch.zeros(marks.shape), (marks == 0).float()
             wanted = set(self.values[s][target].values())
         elif mode < 0.3 or reference == target:           # clicks on the target itself
             reference = target
             marks = torch.from_numpy(cache.labels[target].copy())
             inside = (marks == self.values[s][target][label]).numpy()
-            foreground, background = clicks(inside, int(rng.integers(1, 6)), rng, grid), clicks(~inside, int(rng.integers(1, 6)), rng, grid)
+            foreground, background = clicks(inside, int(rng.integers(1, 6)), rng), clicks(~inside, int(rng.integers(1, 6)), rng)
             wanted = {self.values[s][target][label]}
         else:
-            foreground = icas.token_share((marks == value)[None].float(), grid, grid)[0]
+            foreground = (marks == value).float()
             background = 1 - foreground
             wanted = {self.values[s][target][label]}
-        return {"target": (cache.features[target], cache.images[target]), "reference": cache.features[reference],
-                "foreground": foreground, "background": background, "labels": torch.from_numpy(cache.labels[target].copy()), "wanted": wanted}
+        return sides(cache, reference, foreground, background) | {
+            "target": (cache.features[target], cache.images[target]), "labels": torch.from_numpy(cache.labels[target].copy()), "wanted": wanted}
 
 
-def clicks(inside: np.ndarray, count: int, rng: np.random.Generator, grid: int) -> Tensor:
-    """Token shares of `count` disks at random marked pixels (R21); a region too small for one gives a single pixel."""
+def sides(cache: ViewCache, view: int, foreground: Tensor, background: Tensor) -> dict:
+    """What a pair says of its reference: features, token shares of its two sides, (S, S) each, and moments of their pixels."""
+    grid = cache.features.shape[-1]
+    small, both = torch.from_numpy(cache.images[view].copy())[None] / 255, torch.stack([foreground, background])
+    fine = icas.token_share(both, 4 * grid, 4 * grid)
+    coarse = icas.token_share(both, grid, grid)
+    if not foreground.any():
+        coarse[1] = (coarse[1] > 0.999).float()
+    return {"reference": cache.features[view], "foreground": coarse[0], "background": coarse[1],
+            "moments": icas.pixel_moments(small, fine[:1], fine[1:])[0]}
+
+
+def clicks(inside: np.ndarray, count: int, rng: np.random.Generator) -> Tensor:
+    """(S, S) disks at `count` random marked pixels (R21); a region too small for one gives a single pixel."""
     side = len(inside)
     y, x = np.nonzero(inside)
     if not len(y):
-        return torch.zeros(grid, grid)
+        return torch.zeros(side, side)
     chosen = rng.integers(len(y), size=count)
-    return icas.token_share(icas.disks([(float(x[i]), float(y[i])) for i in chosen], side, side)[None], grid, grid)[0]
+    return icas.disks([(float(x[i]), float(y[i])) for i in chosen], side, side)
 
 
 def segments(labels: Tensor, wanted: set[int], size: int) -> icas.Truths:
@@ -339,7 +373,8 @@ def collate(pairs: list[dict]) -> icas.Batch:
     flat = lambda arrays: stack(arrays).flatten(1, 2)  # noqa: E731  blocks and channels
     return icas.Batch(icas.Features(flat([p["target"][0] for p in pairs]), stack([p["target"][1] for p in pairs]) / 255),
                       flat([p["reference"] for p in pairs]), torch.stack([p["foreground"] for p in pairs]),
-                      torch.stack([p["background"] for p in pairs]), [segments(p["labels"], p["wanted"], 4 * grid) for p in pairs])
+                      torch.stack([p["background"] for p in pairs]), torch.stack([p["moments"] for p in pairs]),
+                      [segments(p["labels"], p["wanted"], 4 * grid) for p in pairs])
 
 
 # ---- Fusion (R18) ----------------------------------------------------------------------------------------------------
@@ -361,22 +396,20 @@ def learn_fusion(model: icas.ICAS, caches: list[ViewCache], pairs: int, seed: in
                     a, b = rng.choice(views, 2, replace=False)
                     if cache.index[a]["group"] == cache.index[b]["group"]:
                         continue
-                    grid = cache.features.shape[-1]
                     marks = torch.from_numpy(cache.labels[a].copy())
-                    foreground = icas.token_share((marks == source.values[s][a][label])[None].float(), grid, grid)[0]
+                    foreground = (marks == source.values[s][a][label]).float()
                     background = 1 - foreground
                     if mode == "normal":
-                        background = (icas.token_share((marks == 0)[None].float(), grid, grid)[0] > 0.999).float()
-                        foreground = torch.zeros_like(foreground)
-                    if not background.any():
+                        foreground, background = torch.zeros_like(foreground), (marks == 0).float()
+                    shown = sides(cache, a, foreground, background)
+                    if not shown["background"].any():
                         continue
                     wanted = {source.values[s][b][label]} if mode == "marked" else set(source.values[s][b].values())
                     labels = torch.from_numpy(cache.labels[b].copy())
-                    batch = collate([{"target": (cache.features[b], cache.images[b]), "reference": cache.features[a], "foreground": foreground,
-                                      "background": background, "labels": labels, "wanted": wanted}])
+                    batch = collate([shown | {"target": (cache.features[b], cache.images[b]), "labels": labels, "wanted": wanted}])
                     with torch.no_grad():
                         prompt = icas.Prompt(model.tokens(batch.reference), model.neck(batch.reference).flatten(2).transpose(1, 2),
-                                             foreground.flatten()[None], background.flatten()[None])
+                                             batch.foreground.flatten(1), batch.background.flatten(1), batch.moments)
                         _, scores, _ = icas._log_odds(model, batch.target, prompt, None)
                         terms.append(icas.evidence(scores, mode == "marked")[0, :, ::2, ::2].flatten(1))
                     truths.append(batch.truths[0].masks[0][::2, ::2].flatten())
@@ -399,8 +432,8 @@ def learn_fusion(model: icas.ICAS, caches: list[ViewCache], pairs: int, seed: in
         after = pooled_iou(final, True)
         print(f"fusion, {mode}: " + ", ".join(f"{names[n]} {100 * a:.1f} -> {100 * b:.1f}" for n, a, b in zip(own.unique().tolist(), before, after))
               + f"; weights {[round(v, 3) for v in final.tolist()]}", file=sys.stderr)
-        for k, part in enumerate(("S", "S mfm", "relation", "margin", "prototype", "fisher")):
-            alone = torch.zeros(7)
+        for k, part in enumerate(("S", "S mfm", "relation", "margin", "prototype", "fisher", "pixel")):
+            alone = torch.zeros(8)
             alone[k] = 1
             print(f"   {part} alone: {100 * pooled_iou(alone, True).mean():.1f}", file=sys.stderr)
         learned[mode] = final

@@ -199,7 +199,7 @@ ROWS = [
     (lambda c: icas.load(c.checkpoint(meta_is(config='{"encoder": "vits99"}'))), ValueError, "encoder: expected one of"),
     (lambda c: icas.load(c.checkpoint(meta_is(config="[]"))), ValueError, "holds no config"),
     (lambda c: icas.load(c.checkpoint(without("decoder.norm.weight"))), ValueError, "weights do not fit; missing ['norm.weight']"),
-    (lambda c: icas.load(c.checkpoint(without("fusion_normal"))), ValueError, "lacks 'fusion_normal' of shape (7,)"),
+    (lambda c: icas.load(c.checkpoint(without("fusion_normal"))), ValueError, "lacks 'fusion_normal' of shape (8,)"),
     (lambda c: icas.load(c.checkpoint(lambda t, m: t.update({"decoder.more": torch.zeros(1)}))), ValueError, "unexpected ['more']"),
     (lambda c: icas.load(c.checkpoint(lambda t, m: t.update({"decoder.learned": torch.zeros(3, 3)}))), ValueError, "learned (3, 3) for (2, 32)"),
     (lambda c: icas.load(c.checkpoint(), device="cuda:7"), ValueError, "device: 'cuda:7' is not available here"),

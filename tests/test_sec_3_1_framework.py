@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import icas
 
@@ -88,8 +89,10 @@ def pairs(model, grid=8, batch=2, seed=0):
     foreground[:, 2:4, 2:5], truth[8:16, 8:20] = 1, 1
     truths = [icas.Truths(torch.stack([truth, 1 - truth]), torch.tensor([0, 1]))] * batch
     rand = lambda *shape: torch.randn(*shape, generator=make)  # noqa: E731
+    shares = [F.interpolate(x[:, None], scale_factor=4)[:, 0] for x in (foreground, 1 - foreground)]
+    moments = icas.pixel_moments(torch.rand(batch, 3, 8 * grid, 8 * grid, generator=make), *shares)
     return icas.Batch(icas.Features(rand(batch, width, grid, grid), torch.rand(batch, 3, 8 * grid, 8 * grid, generator=make)),
-                      rand(batch, width, grid, grid), foreground, 1 - foreground, truths)
+                      rand(batch, width, grid, grid), foreground, 1 - foreground, moments, truths)
 
 
 @pytest.mark.parametrize("change", [{}, {"learned_queries": True}, {"debias": 0}, {"correspondence": False}, {"blocks": (4,)},

@@ -22,8 +22,8 @@ def case(tiny, rng):
     tokens = icas.F.normalize(t(1, h0 * w0, 48), dim=-1)
     reference = [icas.F.normalize(t(1, 7, 48), dim=-1) for _ in config.blocks]
     foreground = torch.tensor([[0.0, 0.2, 1.0, 0.7, 0.0, 0.0, 0.1]])
-    prompt = icas.Prompt(reference, t(1, 7, config.dim), foreground, 1 - foreground)
-    maps = t(1, icas.RELATIONS * 3 + 2, h0, w0)
+    prompt = icas.Prompt(reference, t(1, 7, config.dim), foreground, 1 - foreground, torch.eye(icas.PIXEL + 1).repeat(1, 2, 1, 1))
+    maps = t(1, icas.RELATIONS * 3 + 2, h0, w0), t(1, icas.APPEARANCE, 4 * h0, 4 * w0)
     return tiny, decoded, tokens, prompt, maps
 
 
@@ -92,13 +92,48 @@ def test_matching_margins_equal_loops(rng):
 def test_fisher_s_direction_solves_its_equation_and_sets_the_means_one_apart(rng):
     reference = unit(rng.normal(size=(1, 40, 6)))
     foreground = (np.arange(40) < 10)[None].astype(float)
-    prompt = icas.Prompt([torch.from_numpy(reference)], torch.zeros(1, 40, 2), torch.from_numpy(foreground), torch.from_numpy(1 - foreground))
+    prompt = icas.Prompt([torch.from_numpy(reference)], torch.zeros(1, 40, 2), torch.from_numpy(foreground), torch.from_numpy(1 - foreground),
+                         torch.zeros(1, 2, icas.PIXEL + 1, icas.PIXEL + 1))
     sides = reference[0, :10], reference[0, 10:]
     gap = sides[0].mean(axis=0) - sides[1].mean(axis=0)
     scatter = sum((s - s.mean(axis=0)).T @ (s - s.mean(axis=0)) for s in sides) / 40
     expected = np.linalg.solve(scatter + (0.03 * np.trace(scatter) + 1e-6) * np.eye(6), gap)
     got = icas.fisher_directions(prompt)[0][0, :, 0].numpy()
     np.testing.assert_allclose(got, expected / (expected @ gap), rtol=1e-6)
+
+
+def test_appearance_is_two_gaussians_of_the_pixel_descriptors(rng):
+    reference, target = (torch.from_numpy(rng.random((1, 3, 48, 40))).float() for _ in range(2))
+    reference[..., 8:24, 10:30] *= 0.4
+    foreground = np.zeros((24, 20), bool)
+    foreground[4:12, 5:15] = True
+    share = torch.from_numpy(foreground)[None].float()
+    halves = [share.clone(), share.clone()]
+    halves[0][:, 8:], halves[1][:, :8] = 0, 0
+    whole, empty = icas.pixel_moments(reference, share, 1 - share), torch.zeros_like(share)
+    parts = icas.pixel_moments(reference, halves[0], 1 - share) + icas.pixel_moments(reference, halves[1], empty)
+    np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-3)                # shots add
+    d = icas.pixel_descriptors(reference)[0].permute(1, 2, 0).double().numpy()
+    x = icas.pixel_descriptors(target)[0].permute(1, 2, 0).double().numpy()
+    sides = d[foreground], d[~foreground]
+    means, covs = [s.mean(axis=0) for s in sides], [np.cov(s.T, bias=True) for s in sides]
+    covs[0] = len(sides[0]) / (len(sides[0]) + 100) * covs[0] + 100 / (len(sides[0]) + 100) * covs[1]
+    covs = [c + 0.03 * np.eye(icas.PIXEL) for c in covs]
+    far = [np.einsum("hwi,ij,hwj->hw", x - m, np.linalg.inv(c), x - m) for m, c in zip(means, covs)]
+    ratio = -0.5 * (far[0] - far[1]) - 0.5 * (np.linalg.slogdet(covs[0])[1] - np.linalg.slogdet(covs[1])[1])
+    direction = np.linalg.solve(covs[1], means[0] - means[1])
+    apart = direction @ (means[0] - means[1])
+    linear = (x - (means[0] + means[1]) / 2) @ direction / apart
+    expected = [linear.clip(-3, 3), (ratio / 5).clip(-4, 4), np.log(far[1] / icas.PIXEL + 0.05).clip(-3, 3), np.full((24, 20), np.log1p(apart))]
+    np.testing.assert_allclose(icas.appearance(target, whole)[0], np.stack(expected), rtol=2e-3, atol=2e-3)
+    normal = icas.appearance(target, icas.pixel_moments(reference, empty, 1 - share))[0]
+    assert not normal[[0, 1, 3]].any() and torch.isfinite(normal).all()
+
+
+def test_pixel_descriptors_do_not_depend_on_the_light():
+    image = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(0)).expand(-1, 3, -1, -1)
+    dim = icas.pixel_descriptors(0.5 * image + 0.2)
+    assert (dim - icas.pixel_descriptors(image)).abs().mean() < 0.25 * icas.pixel_descriptors(image).abs().mean()
 
 
 def test_the_image_score_is_the_mean_of_the_top_percent(rng):
