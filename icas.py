@@ -1147,16 +1147,19 @@ def tile_boxes(h: int, w: int) -> list[tuple[int, int, int, int]]:
     return [(0, h, s, s + size) if w > h else (s, s + size, 0, w) for s in starts]
 
 
+def _cut(image: Tensor, config: Config) -> list[tuple[tuple[int, int, int, int], Tensor]]:
+    """(box, (1, 3, H, W) RGB in [0, 1] at the encoder's size) of each tile of an (H, W, 3) uint8 image."""
+    parts = []
+    for y0, y1, x0, x1 in tile_boxes(*image.shape[:2]):
+        size = tuple(n * config.patch_size for n in token_grid(y1 - y0, x1 - x0, config))
+        part = rearrange(image[y0:y1, x0:x1].float() / 255, "h w c -> 1 c h w")
+        parts.append(((y0, y1, x0, x1), F.interpolate(part, size=size, mode="bicubic", antialias=True).clamp(0, 1)))
+    return parts
+
+
 def _describe(model: ICAS, image: Tensor) -> list[Tile]:
     """Encode an (H, W, 3) uint8 image, tile by tile."""
-    tiles = []
-    for y0, y1, x0, x1 in tile_boxes(*image.shape[:2]):
-        h0, w0 = token_grid(y1 - y0, x1 - x0, model.config)
-        part = rearrange(image[y0:y1, x0:x1].to(model.device).float() / 255, "h w c -> 1 c h w")
-        size = (h0 * model.config.patch_size, w0 * model.config.patch_size)
-        part = F.interpolate(part, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-        tiles.append(Tile((y0, y1, x0, x1), model.describe(part)))
-    return tiles
+    return [Tile(box, model.describe(part)) for box, part in _cut(image.to(model.device), model.config)]
 
 
 # ---- 3.4 Inference: references -------------------------------------------------------------------------------------------
@@ -1581,8 +1584,7 @@ def detect(images: Any, references: References | None = None, *, normals: Sequen
     if not references.normals:
         raise ValueError("normals: detect needs at least one good part; pass normals=[image], or use segment for marked defects")
     images, one = _listed(images)
-    known = _prompts(model, references) if references.labels else {}
-    prompt, reference_masks = _normal_prompt(model, references)
+    abnormal = _detector(model, references)
     threshold = normal_threshold(_normal_scores(model, references), false_positive_rate)
     results = []
     for i, image in enumerate(images):
@@ -1590,12 +1592,19 @@ def detect(images: Any, references: References | None = None, *, normals: Sequen
         canvas, weight = torch.zeros(image.shape[:2], device=model.device), torch.zeros(image.shape[:2], device=model.device)
         peaks = []
         for tile in _describe(model, image):
-            token_map = _novelty(model, tile.features, prompt, reference_masks, known)
+            token_map = abnormal(tile.features)
             peaks.append(top_share(token_map))
             _paste(canvas, weight, token_map[0], tile.box)
         value = float(torch.cat(peaks).max())
         results.append(Detection(value, (canvas / weight).cpu().numpy(), threshold, value > threshold))
     return results[0] if one else results
+
+
+def _detector(model: ICAS, references: References) -> Callable[[Features], Tensor]:
+    """(B, H0, W0) map of how abnormal each token is, of targets of one grid."""
+    known = _prompts(model, references) if references.labels else {}
+    prompt, reference_masks = _normal_prompt(model, references)
+    return lambda features: _novelty(model, features, prompt, reference_masks, known)
 
 
 def _normal_prompt(model: ICAS, references: References) -> tuple[Prompt, Tensor | None]:
