@@ -783,6 +783,10 @@ class ICAS(nn.Module):
         """Index of the tapped block in which cosines are taken: the last but one (R1)."""
         return max(0, len(self.config.blocks) - 2)
 
+    def state(self, name: str) -> tuple:
+        """Key for what was computed with these weights: it holds the model, and changes when the decoder is trained."""
+        return self, name, sum(p._version for p in self.decoder.parameters())
+
     def autocast(self) -> torch.autocast:
         """bf16 where the device gains from it, else float32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=fast_bf16(self.device))
@@ -1285,13 +1289,13 @@ def _join(model: ICAS, shots: Sequence[Shot]) -> Prompt:
         for kept, side in zip(sides, (shot.foreground, shot.background)):
             kept.append(side.to(model.device).flatten()[None])
     prompt = Prompt([torch.cat(t, dim=1) for t in tokens], torch.cat(necks, dim=1), torch.cat(sides[0], dim=1), torch.cat(sides[1], dim=1),
-                    torch.stack([s.moments.to(model.device) for s in shots]).sum(dim=0, keepdim=True))
+                    torch.stack([s.moments.cpu().double() for s in shots]).sum(dim=0, keepdim=True).float().to(model.device))
     return prompt._replace(fisher=fisher_directions(prompt))
 
 
 def _prompts(model: ICAS, references: References) -> dict[str, tuple[Prompt, Tensor | None]]:
     """Label -> its prompt with the normal references, and Q_r; "" where only normal references are given. Kept on `references`."""
-    key = (model, "prompts")  # the key holds the model, so that no other can take its id
+    key = model.state("prompts")
     if key not in references._ready:
         reference_masks = _reference_masks(model, references.normals)
         chosen = {label: [s for s in references.shots if s.label in (label, "")] for label in references.labels or [""]}
@@ -1587,16 +1591,18 @@ def detect(images: Any, references: References | None = None, *, normals: Sequen
     abnormal = _detector(model, references)
     threshold = normal_threshold(_normal_scores(model, references), false_positive_rate)
     results = []
-    for i, image in enumerate(images):
-        image = to_rgb(image, _name(i, one))
-        canvas, weight = torch.zeros(image.shape[:2], device=model.device), torch.zeros(image.shape[:2], device=model.device)
-        peaks = []
-        for tile in _describe(model, image):
-            token_map = abnormal(tile.features)
-            peaks.append(top_share(token_map))
-            _paste(canvas, weight, token_map[0], tile.box)
-        value = float(torch.cat(peaks).max())
-        results.append(Detection(value, (canvas / weight).cpu().numpy(), threshold, value > threshold))
+    for start in range(0, len(images), batch_size):
+        chunk = [to_rgb(x, _name(start + i, one)) for i, x in enumerate(images[start:start + batch_size])]
+        tiles = [(i, tile) for i, x in enumerate(chunk) for tile in _describe(model, x)]
+        canvas, weight = ([torch.zeros(x.shape[:2], device=model.device) for x in chunk] for _ in range(2))
+        peaks = [-math.inf] * len(chunk)
+        for members, features in _batches([t for _, t in tiles], batch_size):
+            token_maps = abnormal(features)
+            for m, part, peak in zip(members, token_maps, top_share(token_maps)):
+                i, tile = tiles[m]
+                peaks[i] = max(peaks[i], float(peak))
+                _paste(canvas[i], weight[i], part, tile.box)
+        results += [Detection(p, (c / w).cpu().numpy(), threshold, p > threshold) for p, c, w in zip(peaks, canvas, weight)]
     return results[0] if one else results
 
 
@@ -1609,7 +1615,7 @@ def _detector(model: ICAS, references: References) -> Callable[[Features], Tenso
 
 def _normal_prompt(model: ICAS, references: References) -> tuple[Prompt, Tensor | None]:
     """The good parts alone as a prompt, and Q_r; kept on `references`."""
-    key = (model, "normal")
+    key = model.state("normal")
     if key not in references._ready:
         references._ready[key] = _join(model, references.normals), _reference_masks(model, references.normals)
     return references._ready[key]
@@ -1617,7 +1623,7 @@ def _normal_prompt(model: ICAS, references: References) -> tuple[Prompt, Tensor 
 
 def _normal_scores(model: ICAS, references: References) -> list[float]:
     """Leave-one-out scores, kept on `references`."""
-    key = (model, "normal scores")
+    key = model.state("normal scores")
     if key not in references._ready:
         references._ready[key] = _leave_one_out(model, references.normals)
     return references._ready[key]
@@ -1936,6 +1942,13 @@ def _write_image(path: Path, array: np.ndarray) -> None:
     part.replace(path)
 
 
+def _fingerprint(args) -> str:
+    """Of the arguments and files that decide a result: an image is done if it was done with these."""
+    given = {k: v for k, v in vars(args).items() if k not in ("images", "out", "coco", "device")}
+    files = [f for pair in args.anomaly for f in pair] + [str(p) for p in _expand(args.normal)] + [f for f in (args.prompts, args.model) if f]
+    return hashlib.sha256(json.dumps([given, [_sha256(f) for f in files], __version__], default=str).encode()).hexdigest()[:16]
+
+
 def _run_folder(args, work: Callable[[np.ndarray], tuple[dict, np.ndarray, np.ndarray]], low: float, high: float) -> int:
     """Apply `work` to each image not yet in the results; write mask, overlay and one JSON line each. returns the exit status.
 
@@ -1943,16 +1956,17 @@ def _run_folder(args, work: Callable[[np.ndarray], tuple[dict, np.ndarray, np.nd
     """
     from tqdm import tqdm
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    images, out = _expand(args.images), Path(args.out)
+    images, out, run = _expand(args.images), Path(args.out), _fingerprint(args)
     out.mkdir(parents=True, exist_ok=True)
     lines = {r["image"]: r for f in sorted(out.glob("results*.jsonl")) for r in _json_lines(f)}
+    done = {name for name, r in lines.items() if r.get("run") == run}
     mine = out / ("results.jsonl" if world == 1 else f"results.{rank}.jsonl")
-    taken = {r["mask"] for r in lines.values()}
+    taken = {r["mask"] for name, r in lines.items() if name in done or name not in {str(p) for p in images}}
     names = [p.stem for p in images]
     if mine.exists() and mine.stat().st_size and not mine.read_bytes().endswith(b"\n"):
         with open(mine, "a", encoding="utf-8") as file:
             file.write("\n")  # a run that was killed left half a line
-    todo = [(i, p) for i, p in enumerate(images) if str(p) not in lines and i % world == rank]
+    todo = [(i, p) for i, p in enumerate(images) if str(p) not in done and i % world == rank]
     failed = 0
     with open(mine, "a", encoding="utf-8") as file:
         for i, path in tqdm(todo, disable=not sys.stderr.isatty() or rank > 0, unit="image"):
@@ -1970,7 +1984,7 @@ def _run_folder(args, work: Callable[[np.ndarray], tuple[dict, np.ndarray, np.nd
             _write_image(out / "masks" / f"{stem}.png", mask.astype(np.uint8) * 255)
             _write_image(out / "overlays" / f"{stem}.png", overlay(image, heat, mask, low, high))
             fields = {"image": str(path), "height": mask.shape[0], "width": mask.shape[1], **fields, "mask": f"masks/{stem}.png",
-                      "overlay": f"overlays/{stem}.png", "seconds": round(time.perf_counter() - start, 3), "version": __version__}
+                      "overlay": f"overlays/{stem}.png", "seconds": round(time.perf_counter() - start, 3), "run": run, "version": __version__}
             file.write(json.dumps(fields) + "\n")
             file.flush()
     if world > 1:
@@ -1982,7 +1996,7 @@ def _run_folder(args, work: Callable[[np.ndarray], tuple[dict, np.ndarray, np.nd
         dist.destroy_process_group()
     if rank == 0:
         lines = {r["image"]: r for f in sorted(out.glob("results*.jsonl")) for r in _json_lines(f)}
-        ordered = [lines[str(p)] for p in images if str(p) in lines]
+        ordered = [lines[str(p)] for p in images if lines.get(str(p), {}).get("run") == run]
         rest = [r for name, r in lines.items() if name not in {str(p) for p in images}]
         part = out / "results.jsonl.part"
         part.write_text("".join(json.dumps(r) + "\n" for r in rest + ordered), encoding="utf-8")

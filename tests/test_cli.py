@@ -241,3 +241,12 @@ def test_two_processes_give_what_one_gives(model, parts, tmp_path):
     assert sorted(p.name for p in Path("two").iterdir()) == ["masks", "overlays", "results.jsonl"]
     for mask in Path("one/masks").iterdir():
         np.testing.assert_array_equal(np.array(Image.open(mask)), np.array(Image.open(Path("two/masks", mask.name))))
+
+
+def test_other_references_are_another_run(model, parts):
+    arguments = ["segment", "parts/a.png", "--out", "out"]
+    assert icas_main(*arguments, *DEFECT, model=model) == 0
+    first = lines()[0]
+    Image.fromarray(255 - np.array(Image.open("mask.png"))).save("mask.png")
+    assert icas_main(*arguments, *DEFECT, model=model) == 0
+    assert len(lines()) == 1 and lines()[0]["run"] != first["run"] and lines()[0]["mask"] == first["mask"]

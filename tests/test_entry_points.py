@@ -133,12 +133,12 @@ def test_grey_and_rgb_of_the_same_give_the_same_result(tiny, rng, references):
 # ---- segment ---------------------------------------------------------------------------------------------------------
 
 
-def test_twelve_images_give_what_single_calls_give_in_any_order_and_batch(tiny, rng, references):
-    images = [picture(rng, *s) for s in [(40, 40), (30, 50), (40, 40), (12, 60), (40, 41), (50, 30)] * 2]
+def test_forty_images_give_what_single_calls_give_in_any_order_and_batch(tiny, rng, references):
+    images = [picture(rng, *s) for s in [(40, 40), (30, 50), (40, 40), (12, 60), (40, 41), (50, 30), (33, 40), (40, 40)] * 5]
     single = [icas.segment(x, references, model=tiny) for x in images]
-    order = rng.permutation(12)
+    order = rng.permutation(40)
     for found in (icas.segment(images, references, model=tiny), icas.segment(images, references, batch_size=1, model=tiny),
-                  icas.segment(images, references, batch_size=12, model=tiny)):
+                  icas.segment(images, references, batch_size=40, model=tiny)):
         for a, b in zip(found, single, strict=True):
             same(a, b)
     for a, i in zip(icas.segment([images[i] for i in order], references, batch_size=3, model=tiny), order, strict=True):

@@ -76,3 +76,18 @@ def test_normal_references_and_targets_without_a_defect_have_a_finite_loss():
     rest = [icas.Truths(torch.ones(1, 32, 32), torch.tensor([1]))] * 2
     for changed in (batch._replace(foreground=batch.foreground * 0, background=torch.ones(2, 8, 8)), batch._replace(truths=rest)):
         assert torch.isfinite(sum(icas.pair_loss(model, changed, torch.Generator().manual_seed(0)).values()))
+
+
+def test_references_are_prepared_again_after_training():
+    from test_sec_3_1_framework import pairs
+    torch.manual_seed(0)
+    model = icas.ICAS(icas.Config(encoder="tiny14", image_size=112, blocks=(3, 4), debias=0, queries=8, dim=32, heads=4, layers=1, ffn_dim=32,
+                                  pixel_dim=8, relation_dim=8)).eval()
+    image, mask = np.zeros((40, 40, 3), np.uint8), np.zeros((40, 40), bool)
+    image[10:20, 10:20], mask[10:20, 10:20] = 200, True
+    kept = icas.encode([(image, mask)], model=model)
+    before = icas.segment(image, kept, model=model).score
+    icas.fit(model, lambda step: pairs(model), steps=3, lr=1e-2, warmup=1)
+    after = icas.segment(image, kept, model=model).score
+    np.testing.assert_array_equal(after, icas.segment(image, icas.encode([(image, mask)], model=model), model=model).score)
+    assert np.abs(after - before).max() > 1e-3
