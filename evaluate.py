@@ -34,12 +34,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from scipy import ndimage
+from scipy.integrate import trapezoid
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 from torch import Tensor
 from tqdm import tqdm
 
 import icas
-from train import read_manifest, read_record
+from train import named, read_manifest, read_record
 
 # The paper's cells for orientation: as printed, but where METHOD 3 says that a printed mean is not the mean of its cells
 PAPER = {"semantic": "paper, MVTec AD: 52.3 with ViT-L (printed 51.1), 42.4 with ViT-S",
@@ -100,7 +101,7 @@ def look(records: Sequence[dict]) -> None:
     """Add to each record what its mask really shows: "shows" {label: value}, and "bad"."""
     for record in tqdm(records, desc="masks", leave=False, disable=not sys.stderr.isatty() or rank() > 0):
         present = set(np.unique(read(record)[1].numpy()).tolist()) - {0} if "mask" in record else set()
-        names = record["labels"] if "*" not in record["labels"] else {"1": record["labels"]["*"]}
+        names = named(record)
         record["shows"] = {names.get(str(v), f"label {v}"): int(v) for v in sorted(present)}
         record["bad"] = bool(present) or bool(record.get("anomalous"))
 
@@ -282,7 +283,7 @@ class Store:
     def shots(self, name: str, label: str = "") -> list[icas.Shot]:
         """A prompt: the marked label, or a good part."""
         marked = torch.from_numpy(self.truth(name, label) if label else np.zeros(self.pixels(name).shape[:2], bool)).float()
-        return icas._shots(self.tiles(name), marked, 1 - marked, label)
+        return icas._shots(self.tiles(name), marked, 1 - marked, label, f"{self.place[name]}/0")
 
     def shown(self, episode: dict) -> list[icas.Shot]:
         """All that an episode shows: marked prompts, then good parts."""
@@ -467,9 +468,9 @@ def sortable(values: np.ndarray) -> np.ndarray:
 
 def pseudo_shot(model: icas.ICAS, store: Store, name: str, normals: Sequence[icas.Shot]) -> list[icas.Shot]:
     """A known bad part without a mask: its most abnormal 2 % of tokens stand for one."""
-    prompt, tiles = icas._join(model, normals), store.tiles(name)
+    abnormal, tiles = icas._detector(model, icas.References(list(normals)))[0], store.tiles(name)
     shape = tuple(store.pixels(name).shape[:2])
-    found = canvas([icas._novelty(model, t.features, prompt, None, {})[0] for t in tiles], tiles, shape)
+    found = canvas([abnormal(t.features)[0] for t in tiles], tiles, shape)
     marked = torch.from_numpy(found >= np.quantile(found, 0.98)).float()
     return icas._shots(tiles, marked, 1 - marked, "anomalous")
 
@@ -481,7 +482,7 @@ def score_detection(model: icas.ICAS, store: Store, episode: dict, masks: bool) 
     for name in episode.get("prompts", []):
         shots += store.shots(name, label) if store.records[name]["shows"] else pseudo_shot(model, store, name, shots)
     references = icas.References(shots, model.encoder_sha256, model.config.blocks)
-    ours = icas._detector(model, references)
+    ours = icas._detector(model, references)[0]
     methods = {"icas": lambda features: ours(features)[0]} | peers(model, store, normals)
     found = {}
     mine = store.mine(episode["tests"])
@@ -491,7 +492,8 @@ def score_detection(model: icas.ICAS, store: Store, episode: dict, masks: bool) 
         truth = store.truth(name) if masks else None
         for method, detector in methods.items():
             maps = [detector(t.features) for t in tiles]
-            entry = {"score": max(float(icas.top_share(m[None])) for m in maps)}
+            share = icas.TOP if method == "icas" else 0.01
+            entry = {"score": max(float(icas.top_share(m[None], share)) for m in maps)}
             if masks:
                 whole = canvas(maps, tiles, truth.shape)
                 if method == "AnomalyDINO recipe":
@@ -522,7 +524,7 @@ def pixel_metrics(entries: Sequence[dict]) -> dict:
     limit = 0.3
     end = np.interp(limit, fpr, share)
     inside = fpr <= limit
-    pro = np.trapezoid(np.r_[share[inside], end], np.r_[fpr[inside], limit]) / limit
+    pro = trapezoid(np.r_[share[inside], end], np.r_[fpr[inside], limit]) / limit
     return {"pixel_auroc": 100 * float(auroc), "pro": 100 * float(pro)}
 
 

@@ -24,6 +24,7 @@ Where the paper is open or wrong, a comment says what we read; `Config` has a sw
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import numbers
@@ -873,7 +874,8 @@ def pair_loss(model: ICAS, batch: Batch, generator: torch.Generator, hide_featur
 
 
 def fit(model: ICAS, batches: Callable[[int], Batch], *, steps: int, lr: float = 1e-4, weight_decay: float = 0.05, warmup: int = 100,
-        clip: float = 1.0, hide_features: float = 0.0, relation_steps: int = 0, seed: int = 0, start: int = 0, optimizer: torch.optim.Optimizer | None = None,
+        clip: float = 1.0, hide_features: float = 0.0, relation_steps: int = 0, seed: int = 0, start: int = 0,
+        optimizer: torch.optim.Optimizer | None = None,
         callback: Callable[[int, dict[str, float], torch.optim.Optimizer], Any] | None = None) -> ICAS:
     """Train the decoder in place; both stages are this loop on other pairs (Sec. 3.3, R16).
 
@@ -1177,6 +1179,7 @@ class Shot(NamedTuple):
     background: Tensor  # (H0, W0) share of what is surely not it
     moments: Tensor     # (2, PIXEL + 1, PIXEL + 1), see `pixel_moments`
     label: str          # "" for a normal reference
+    source: str         # of which image: its hash, and after "/" its turn
 
 
 @dataclass
@@ -1211,26 +1214,28 @@ class References:
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, whole or not at all."""
         tensors = {f"{i}.{name}": getattr(s, name).contiguous() for i, s in enumerate(self.shots)
-                   for name in Shot._fields[:-1]}
-        _save_file(path, tensors, {"format": "icas-references-1", "encoder_sha256": self.encoder_sha256,
-                                   "blocks": json.dumps(self.blocks), "labels": json.dumps([s.label for s in self.shots])})
+                   for name in Shot._fields[:-2]}
+        _save_file(path, tensors, {"format": "icas-references-1", "encoder_sha256": self.encoder_sha256, "blocks": json.dumps(self.blocks),
+                                   "labels": json.dumps([s.label for s in self.shots]),
+                                   "sources": json.dumps([s.source for s in self.shots])})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "References":
         tensors, meta = _read_file(path, "references", "icas-references-1")
         try:
-            shots = [Shot(*(tensors[f"{i}.{n}"] for n in Shot._fields[:-1]), label)
-                     for i, label in enumerate(json.loads(meta["labels"]))]
+            shots = [Shot(*(tensors[f"{i}.{n}"] for n in Shot._fields[:-2]), *words)
+                     for i, words in enumerate(zip(json.loads(meta["labels"]), json.loads(meta["sources"]), strict=True))]
             return cls(shots, meta["encoder_sha256"], tuple(json.loads(meta["blocks"])))
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"references: {os.fspath(path)!r} is incomplete ({error!r}); encode and save again") from error
 
 
-def encode(anomalies: Sequence = (), normals: Sequence = (), *, model: ICAS | None = None) -> References:
+def encode(anomalies: Sequence = (), normals: Sequence = (), *, turns: bool = False, model: ICAS | None = None) -> References:
     """Encode prompts once, to reuse with `segment` and `detect` (mask pooling, Sec. 3.1).
 
     anomalies  (image, mask) or (image, mask, label) each; the label "defect" if none is given.
     normals    images of good parts.
+    turns      encode each good part in its eight flips and quarter turns: for parts that lie any way round; eight times the time.
     Raises ValueError, TypeError or FileNotFoundError, with the argument's place in the message.
 
         scratch = encode(anomalies=[("scratched.png", "mask.png", "scratch")], normals=["good.png"])
@@ -1246,15 +1251,22 @@ def encode(anomalies: Sequence = (), normals: Sequence = (), *, model: ICAS | No
             raise TypeError(f"anomalies[{i}]: expected a non-empty string as label, got {label!r}")
         image = to_rgb(entry[0], f"anomalies[{i}] image")
         mask = to_mask(entry[1], tuple(image.shape[:2]), f"anomalies[{i}] mask").float()
-        shots += _shots(_describe(model, image), mask, 1 - mask, label)
+        shots += _shots(_describe(model, image), mask, 1 - mask, label, f"{_hash(image)}/0")
     for i, entry in enumerate(_sequence(normals, "normals")):
         image = to_rgb(entry, f"normals[{i}]")
-        blank = torch.zeros(image.shape[:2])
-        shots += _shots(_describe(model, image), blank, blank + 1, "")
+        source = _hash(image)
+        for turn in range(8 if turns else 1):
+            turned = torch.rot90(image.flip(1) if turn >= 4 else image, turn % 4)
+            blank = torch.zeros(turned.shape[:2])
+            shots += _shots(_describe(model, turned), blank, blank + 1, "", f"{source}/{turn}")
     return References(shots, model.encoder_sha256, model.config.blocks)
 
 
-def _shots(tiles: Sequence[Tile], foreground: Tensor, background: Tensor, label: str) -> list[Shot]:
+def _hash(image: Tensor) -> str:
+    return hashlib.sha256(image.contiguous().cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def _shots(tiles: Sequence[Tile], foreground: Tensor, background: Tensor, label: str, source: str = "") -> list[Shot]:
     """Shots of one image's tiles; tiles that show neither side are left out."""
     shots = []
     for (y0, y1, x0, x1), features in tiles:
@@ -1263,7 +1275,7 @@ def _shots(tiles: Sequence[Tile], foreground: Tensor, background: Tensor, label:
         if any(p.any() for p in parts):
             moments = pixel_moments(features.small, *(token_share(p, 4 * h0, 4 * w0) for p in parts))
             shots.append(Shot(features.maps[0].half().contiguous(), features.small[0].half().contiguous(),
-                              *(token_share(p, h0, w0)[0] for p in parts), moments[0], label))
+                              *(token_share(p, h0, w0)[0] for p in parts), moments[0], label, source))
     return shots
 
 
@@ -1277,17 +1289,28 @@ def _sequence(value: Any, name: str) -> Sequence:
     return value
 
 
+BANK = 1 << 16  # tokens that a prompt keeps at most: 0.3 GB with ViT-S, all tokens of 83 references
+
+
 def _join(model: ICAS, shots: Sequence[Shot]) -> Prompt:
-    """Pool shots into one prompt, B = 1 (R8: all pixels together, whatever their order)."""
+    """Pool shots into one prompt, B = 1 (R8: all pixels together, whatever their order).
+
+    Of more tokens than BANK, each good part keeps its share, chosen by greedy query selection.
+    """
     tokens: list[list[Tensor]] = [[] for _ in model.config.blocks]
     necks, sides = [], ([], [])
+    fixed = sum(s.background.numel() for s in shots if s.label)
+    thin = fixed + sum(s.background.numel() for s in shots if not s.label) > BANK
     for shot in shots:
         maps = shot.maps[None].to(model.device).float()
-        for kept, unit in zip(tokens, model.tokens(maps)):
-            kept.append(unit)
-        necks.append(rearrange(model.neck(maps), "b c h w -> b (h w) c"))
-        for kept, side in zip(sides, (shot.foreground, shot.background)):
-            kept.append(side.to(model.device).flatten()[None])
+        parts = [*model.tokens(maps), rearrange(model.neck(maps), "b c h w -> b (h w) c")]
+        parts += [side.to(model.device).flatten()[None] for side in (shot.foreground, shot.background)]
+        if thin and not shot.label:
+            share = max(16, (BANK - fixed) // sum(not s.label for s in shots))
+            picked = greedy_queries(parts[model.middle], min(share, parts[0].shape[1]))[0]
+            parts = [p[:, picked] for p in parts]
+        for kept, part in zip((*tokens, necks, *sides), parts, strict=True):
+            kept.append(part)
     prompt = Prompt([torch.cat(t, dim=1) for t in tokens], torch.cat(necks, dim=1), torch.cat(sides[0], dim=1), torch.cat(sides[1], dim=1),
                     torch.stack([s.moments.cpu().double() for s in shots]).sum(dim=0, keepdim=True).float().to(model.device))
     return prompt._replace(fisher=fisher_directions(prompt))
@@ -1304,11 +1327,11 @@ def _prompts(model: ICAS, references: References) -> dict[str, tuple[Prompt, Ten
 
 
 def _reference_masks(model: ICAS, normals: Sequence[Shot]) -> Tensor | None:
-    """Q_r (1, J, D): debiased features pooled under the masks predicted in each normal reference (Sec. 3.4)."""
+    """Q_r (1, J, D): debiased features pooled under the masks predicted in each normal reference (Sec. 3.4), of 100 at most."""
     if not normals:
         return None
     prompt, pooled = _join(model, normals), []
-    for shot in normals:
+    for shot in normals[::math.ceil(len(normals) / 100)]:
         maps = shot.maps[None].to(model.device).float()
         tokens = model.tokens(maps)
         decoded, _ = model.decode(tokens, model.neck(maps), shot.small[None].to(model.device).float(), prompt)
@@ -1547,16 +1570,79 @@ def segment(images: Any, references: References | None = None, *, anomalies: Seq
     return results[0] if one else results
 
 
-def _novelty(model: ICAS, features: Features, prompt: Prompt, reference_masks: Tensor | None, known: dict) -> Tensor:
-    """(B, H0, W0) distance from what is normal: mean over the tapped blocks but the last of 1 - best cosine, in [0, 2], raised by up
-    to as much again where the masks agree (S_n, or the score of a known defect)."""
-    odds, _, (maps, _) = _log_odds(model, features, prompt, reference_masks)
-    blocks = range(max(1, len(model.config.blocks) - 1))
-    distance = torch.stack([1 - maps[:, b * RELATIONS + 1] for b in blocks]).mean(dim=0)
-    belief = odds.sigmoid()
-    for other, other_masks in known.values():
-        belief = torch.maximum(belief, _log_odds(model, features, other, other_masks)[0].sigmoid())
-    return distance * (1 + F.avg_pool2d(belief[:, None], 4)[:, 0])
+class GoodParts(NamedTuple):
+    """What good parts look like (`detect`)."""
+    bank: list[Tensor]   # (1, R, D) a tapped block: their tokens, debiased unit vectors
+    known: Tensor        # (1, R) bool: which of them count
+    mean: Tensor         # (D,) and
+    basis: Tensor        # (D, r): the subspace that they fill
+    typical: Tensor      # (2,) distance and residual of an unseen good part's token, on average
+    scores: list[float]  # of the good parts themselves, each against the others
+
+
+def _known(model: ICAS, shots: Sequence[Shot]) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """The first four fields of GoodParts."""
+    prompt = _join(model, shots)
+    known = _surely(prompt.background, 0.999)
+    return prompt.tokens, known, *subspace(_middle_blocks(prompt.tokens)[1][known])
+
+
+def subspace(tokens: Tensor, kept: float = 0.95) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and basis (D, r) of the directions that hold `kept` of the variance of tokens (R, D)."""
+    mean = tokens.mean(dim=0)
+    values, vectors = torch.linalg.eigh((tokens - mean).T @ (tokens - mean))
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    rank = int((values.cumsum(0) < kept * values.sum()).sum()) + 1
+    return mean, vectors[:, :rank]
+
+
+def _middle_blocks(tokens: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """The tapped blocks but the last, and the direction of their mean: unit (B, T, D) each."""
+    used = list(tokens[:-1] or tokens)
+    return used, F.normalize(torch.stack(used).sum(dim=0), dim=-1)
+
+
+def novelty(tokens: Sequence[Tensor], bank: Sequence[Tensor], known: Tensor, mean: Tensor, basis: Tensor) -> Tensor:
+    """How far target tokens are from good parts', two ways (B, 2, T): 1 - best cosine, and the residual outside their subspace.
+
+    tokens, bank  one (B, T, D) and (1, R, D) of debiased unit vectors a tapped block; known (1, R) bool says which of the bank count.
+    """
+    used, middle = _middle_blocks(tokens)
+    none = torch.zeros_like(known)
+    near = torch.stack([1 - nearest_margin(t, r, none, known)[1] for t, r in zip(used, bank)]).mean(dim=0)
+    centred = middle - mean
+    return torch.stack([near, (centred - (centred @ basis) @ basis.T).norm(dim=-1)], dim=1)
+
+
+def _good_parts(model: ICAS, normals: Sequence[Shot]) -> GoodParts:
+    """Leave-one-out: a single good part is compared, quarter by quarter, with its other three quarters; of more than 40, 40 are."""
+    sources = list(dict.fromkeys(s.source.split("/")[0] for s in normals))
+    cases = []  # (shot, what it is compared with, rows and columns that count)
+    if len(sources) > 1:
+        for source in sources[::math.ceil(len(sources) / 40)]:
+            others = [s for s in normals if s.source.split("/")[0] != source]
+            cases += [(s, others, (slice(None), slice(None))) for s in normals if s.source == f"{source}/0"]
+    else:
+        for shot in (s for s in normals if s.source.endswith("/0")):
+            h0, w0 = shot.background.shape
+            halves = [(slice(0, (n + 1) // 2), slice((n + 1) // 2, n)) for n in (h0, w0)]
+            for window in itertools.product(*halves):
+                rest = shot.background.clone()
+                rest[window] = 0
+                if rest.any() and (shot.background - rest).any():
+                    cases.append((shot, [shot._replace(background=rest)], window))
+    found = []
+    for shot, others, window in cases:
+        far = novelty(model.tokens(shot.maps[None].to(model.device).float()), *_known(model, others))
+        found.append(far.unflatten(2, tuple(shot.background.shape))[:, :, window[0], window[1]])
+    typical = torch.full((2,), 0.3, device=model.device)  # for a part of one token, which cannot be halved
+    if found:
+        typical = torch.cat([f.flatten(2) for f in found], dim=2).mean(dim=(0, 2)).clamp_min(1e-3)
+    scores = [float(top_share((f / typical[:, None, None]).mean(dim=1), TOP)) for f in found]
+    return GoodParts(*_known(model, normals), typical, scores or [1.0])
+
+
+TOP = 0.003  # share of an image's tokens whose mean is its score: 0.01 (R20) read 1 to 2 points less on mpdd, deeppcb and synthetic defects
 
 
 def normal_threshold(scores: Sequence[float], false_positive_rate: float) -> float:
@@ -1588,8 +1674,8 @@ def detect(images: Any, references: References | None = None, *, normals: Sequen
     if not references.normals:
         raise ValueError("normals: detect needs at least one good part; pass normals=[image], or use segment for marked defects")
     images, one = _listed(images)
-    abnormal = _detector(model, references)
-    threshold = normal_threshold(_normal_scores(model, references), false_positive_rate)
+    abnormal, scores = _detector(model, references)
+    threshold = normal_threshold(scores, false_positive_rate)
     results = []
     for start in range(0, len(images), batch_size):
         chunk = [to_rgb(x, _name(start + i, one)) for i, x in enumerate(images[start:start + batch_size])]
@@ -1598,7 +1684,7 @@ def detect(images: Any, references: References | None = None, *, normals: Sequen
         peaks = [-math.inf] * len(chunk)
         for members, features in _batches([t for _, t in tiles], batch_size):
             token_maps = abnormal(features)
-            for m, part, peak in zip(members, token_maps, top_share(token_maps)):
+            for m, part, peak in zip(members, token_maps, top_share(token_maps, TOP)):
                 i, tile = tiles[m]
                 peaks[i] = max(peaks[i], float(peak))
                 _paste(canvas[i], weight[i], part, tile.box)
@@ -1606,51 +1692,22 @@ def detect(images: Any, references: References | None = None, *, normals: Sequen
     return results[0] if one else results
 
 
-def _detector(model: ICAS, references: References) -> Callable[[Features], Tensor]:
-    """(B, H0, W0) map of how abnormal each token is, of targets of one grid."""
-    known = _prompts(model, references) if references.labels else {}
-    prompt, reference_masks = _normal_prompt(model, references)
-    return lambda features: _novelty(model, features, prompt, reference_masks, known)
-
-
-def _normal_prompt(model: ICAS, references: References) -> tuple[Prompt, Tensor | None]:
-    """The good parts alone as a prompt, and Q_r; kept on `references`."""
-    key = model.state("normal")
+def _detector(model: ICAS, references: References) -> tuple[Callable[[Features], Tensor], list[float]]:
+    """Features of targets of one grid -> (B, H0, W0) map, 1 where a token is as far from good parts as theirs are from each other;
+    and the good parts' own scores. Kept on `references`."""
+    key = model.state("good parts")
     if key not in references._ready:
-        references._ready[key] = _join(model, references.normals), _reference_masks(model, references.normals)
-    return references._ready[key]
+        references._ready[key] = _good_parts(model, references.normals)
+    good = references._ready[key]
+    marked = _prompts(model, references) if references.labels else {}
 
-
-def _normal_scores(model: ICAS, references: References) -> list[float]:
-    """Leave-one-out scores, kept on `references`."""
-    key = model.state("normal scores")
-    if key not in references._ready:
-        references._ready[key] = _leave_one_out(model, references.normals)
-    return references._ready[key]
-
-
-def _leave_one_out(model: ICAS, normals: Sequence[Shot]) -> list[float]:
-    """Scores of the good parts, each against the others; a single one is compared with its other three quarters."""
-    scores = []
-    for i, shot in enumerate(normals):
-        features = Features(shot.maps[None].to(model.device).float(), shot.small[None].to(model.device).float())
-        others = [s for j, s in enumerate(normals) if j != i]
-        if others:
-            prompt = _join(model, others)
-            scores.append(float(top_share(_novelty(model, features, prompt, _reference_masks(model, others), {}))))
-            continue
-        h0, w0 = shot.background.shape
-        for rows in (slice(0, (h0 + 1) // 2), slice((h0 + 1) // 2, h0)):
-            for columns in (slice(0, (w0 + 1) // 2), slice((w0 + 1) // 2, w0)):
-                rest = shot.background.clone()
-                rest[rows, columns] = 0
-                if not rest.any() or not (shot.background - rest).any():
-                    continue
-                pixels = repeat(rest, "h w -> 1 (h a) (w b)", a=4, b=4)
-                moments = pixel_moments(features.small, torch.zeros_like(pixels), pixels)[0]
-                distance = _novelty(model, features, _join(model, [shot._replace(background=rest, moments=moments)]), None, {})
-                scores.append(float(top_share(distance[:, rows, columns])))
-    return scores or [1.0]
+    def abnormal(features: Features) -> Tensor:
+        far = novelty(model.tokens(features.maps), good.bank, good.known, good.mean, good.basis) / good.typical[:, None]
+        far = far.mean(dim=1).unflatten(1, tuple(features.maps.shape[-2:]))
+        for prompt, masks in marked.values():  # a known defect counts up to double; what is unknown keeps its distance
+            far = far * (1 + F.avg_pool2d(_log_odds(model, features, prompt, masks)[0].sigmoid()[:, None], 4)[:, 0])
+        return far
+    return abnormal, good.scores
 
 
 # ---- Files -------------------------------------------------------------------------------------------------------------
@@ -1905,6 +1962,7 @@ def _parser():
         group = sub.add_argument_group("references")
         group.add_argument("--anomaly", nargs=2, action="append", default=[], metavar=("IMAGE", "MASK"), help="a marked defect; repeatable")
         group.add_argument("--normal", nargs="+", action="extend", default=[], metavar="IMAGE_OR_FOLDER", help="good parts")
+        group.add_argument("--turns", action="store_true", help="good parts lie any way round: encode their eight flips and quarter turns")
         group.add_argument("--prompts", metavar="FILE", help="references written by `icas prompts`")
         group = sub.add_argument_group("machine")
         group.add_argument("--model", metavar="FILE", help="checkpoint (default: the shipped one)")
@@ -1931,7 +1989,8 @@ def _parser():
 def _references(args, model: ICAS) -> References:
     read = lambda p: to_rgb(p, value_range=args.range)  # noqa: E731
     given = References.load(args.prompts) if args.prompts else References()
-    return given + encode([(read(i).numpy(), m) for i, m in args.anomaly], [read(p).numpy() for p in _expand(args.normal)], model=model)
+    return given + encode([(read(i).numpy(), m) for i, m in args.anomaly], [read(p).numpy() for p in _expand(args.normal)],
+                          turns=args.turns, model=model)
 
 
 def _write_image(path: Path, array: np.ndarray) -> None:
@@ -2080,7 +2139,7 @@ def _command(args) -> int:
             raise ValueError("references: detect needs good parts; pass --normal IMAGE_OR_FOLDER")
         if not 0 < args.false_positive_rate < 1:
             raise ValueError(f"--false-positive-rate: expected a number between 0 and 1, got {args.false_positive_rate}")
-        top = 2 * normal_threshold(_normal_scores(model, references), args.false_positive_rate)
+        top = 2 * normal_threshold(_detector(model, references)[1], args.false_positive_rate)
         return _run_folder(args, _detect_work(model, references, args.false_positive_rate), top / 4, top)
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise ValueError(f"--threshold: expected a number in [0, 1], got {args.threshold}")
@@ -2124,7 +2183,7 @@ def _demo(args) -> int:
     model = load(device=args.device)
     shared: dict[str, Any] = {"images": [str(out / "cells")], "range": None}
     good = encode(normals=[cells[i] for i in DEMO_GOOD], model=model)
-    top = 2 * normal_threshold(_normal_scores(model, good), 0.01)
+    top = 2 * normal_threshold(_detector(model, good)[1], 0.01)
     status = _run_folder(argparse.Namespace(**shared, out=str(out / "detect"), coco=None), _detect_work(model, good, 0.01), top / 4, top)
     dark = encode(anomalies=[(cells[index], mask, "dark area")], model=model)
     status |= _run_folder(argparse.Namespace(**shared, out=str(out / "segment"), coco=str(out / "segment" / "coco.json")),

@@ -44,7 +44,7 @@ def read_manifest(path: str | Path, split: str | None = None) -> list[dict]:
             continue
         record, where = json.loads(line), f"{path}:{number}"
         for key in ("image", "mask"):
-            if key in record:
+            if isinstance(record.get(key), str):
                 record[key] = str(path.parent / record[key])
                 if not Path(record[key]).is_file():
                     raise FileNotFoundError(f"{where}: {key} file is missing: {record[key]}")
@@ -56,14 +56,31 @@ def read_manifest(path: str | Path, split: str | None = None) -> list[dict]:
 
 
 def read_record(record: dict) -> tuple[Tensor, Tensor]:
-    """image (3, H, W) float in [0, 1], label map (H, W) uint8; zeros where the record has no mask."""
+    """image (3, H, W) float in [0, 1], label map (H, W) uint8; zeros where the record has no mask, 1 for every mark with "*" (data_prep)."""
     image = icas.to_rgb(record["image"]).permute(2, 0, 1).float() / 255
     if "mask" not in record:
         return image, torch.zeros(image.shape[1:], dtype=torch.uint8)
-    labels = torch.from_numpy(np.array(Image.open(record["mask"])))
+    if isinstance(record["mask"], dict):
+        from pycocotools import mask as coco
+        labels = np.zeros(image.shape[1:], np.uint8)
+        for value, code in record["mask"].items():
+            part = coco.decode(code)
+            if part.shape != labels.shape:
+                raise ValueError(f"{record.get('where', record['image'])}: mask {value!r} is {part.shape}, its image {labels.shape}")
+            labels[part > 0] = int(value)
+    else:
+        labels = np.array(Image.open(record["mask"]))
+        labels = labels.max(axis=-1) if labels.ndim == 3 else labels
+    labels = torch.from_numpy((labels > 0).astype(np.uint8) if "*" in record.get("labels", {}) else labels.astype(np.uint8))
     if labels.shape != image.shape[1:]:
-        raise ValueError(f"{record['where']}: mask is {tuple(labels.shape)}, its image {tuple(image.shape[1:])}")
+        raise ValueError(f"{record.get('where', record['image'])}: mask is {tuple(labels.shape)}, its image {tuple(image.shape[1:])}")
     return image, labels
+
+
+def named(record: dict) -> dict[str, str]:
+    """{value: label} of a record, as `read_record` gives the values."""
+    labels = record.get("labels", {})
+    return {"1": labels["*"]} if "*" in labels else labels
 
 
 # ---- Views: augmentation (R15) and synthetic defects -------------------------------------------------------------------
@@ -247,14 +264,14 @@ def build_set(folder: Path, manifest: Path, count: int, views: int, good: int, t
     """Cache `views` views of up to `count` marked images of a manifest, and of `good` unmarked ones."""
     rng = np.random.default_rng([seed, sum(map(ord, folder.name))])
     records = read_manifest(manifest)
-    marked, plain = [r for r in records if "mask" in r], [r for r in records if "mask" not in r]
+    marked, plain = [r for r in records if "mask" in r], [r for r in records if "mask" not in r and not r.get("anomalous")]
     marked = [marked[i] for i in sorted(rng.permutation(len(marked))[:count])]
     plain = [plain[i] for i in sorted(rng.permutation(len(plain))[:good])]
     jobs = [r for r in marked + plain for _ in range(views)]
 
     def make(i: int):
         image, labels = augment(*read_record(jobs[i]), size, np.random.default_rng([seed, i]), turns)
-        return image, labels, {"names": jobs[i].get("labels", {}), "group": jobs[i]["group"], "image": jobs[i]["image"]}
+        return image, labels, {"names": named(jobs[i]), "group": jobs[i]["group"], "image": jobs[i]["image"]}
     ViewCache.build(folder, len(jobs), make, encoder, blocks, size)
 
 

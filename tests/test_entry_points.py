@@ -265,6 +265,25 @@ def test_a_reference_itself_scores_lower_than_another_picture(tiny, rng):
     assert icas.detect(good, references, model=tiny).score < icas.detect(np.zeros((40, 40), np.uint8), references, model=tiny).score
 
 
+def test_turns_make_a_turned_part_as_near_as_the_part_itself(tiny, rng):
+    good, other = picture(rng), picture(rng)
+    upright, turned = (icas.encode(normals=[good], turns=t, model=tiny) for t in (False, True))
+    assert len(turned) == 8 and len({s.source for s in turned.shots}) == 8
+    lying = np.rot90(good)
+    near, far = (icas.detect(lying, r, model=tiny) for r in (turned, upright))
+    assert near.score < 0.5 * far.score and near.score < 0.5 * icas.detect(other, turned, model=tiny).score
+
+
+def test_many_references_keep_a_bounded_number_of_tokens(tiny, rng, monkeypatch):
+    goods = [picture(rng) for _ in range(6)]
+    whole = icas.encode(normals=goods, model=tiny)
+    every = icas.detect(goods[0], whole, model=tiny).score
+    monkeypatch.setattr(icas, "BANK", 6 * 20)
+    bounded = icas.encode(normals=goods, model=tiny)
+    assert icas._join(tiny, bounded.shots).foreground.shape[1] == 6 * 20 < icas._join(tiny, bounded.shots[:1]).foreground.shape[1] * 6
+    assert icas.detect(goods[0], bounded, model=tiny).score >= every - 1e-6
+
+
 def test_a_known_defect_never_lowers_the_distance(tiny, rng):
     good, image = picture(rng), picture(rng)
     plain = icas.detect(image, normals=[good], model=tiny)

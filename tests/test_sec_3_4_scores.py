@@ -136,6 +136,22 @@ def test_pixel_descriptors_do_not_depend_on_the_light():
     assert (dim - icas.pixel_descriptors(image)).abs().mean() < 0.25 * icas.pixel_descriptors(image).abs().mean()
 
 
+def test_novelty_is_the_nearest_cosine_and_the_residual_of_a_subspace(rng):
+    bank, target = [unit(rng.normal(size=(1, 60, 8))) for _ in range(3)], [unit(rng.normal(size=(1, 5, 8))) for _ in range(3)]
+    known = (np.arange(60) < 50)[None]
+    t = lambda arrays: [torch.from_numpy(a) for a in arrays]  # noqa: E731
+    middle = unit(bank[0] + bank[1])[0, :50]
+    mean, basis = icas.subspace(torch.from_numpy(middle), 0.8)
+    values = np.sort(np.linalg.svd(middle - middle.mean(axis=0))[1] ** 2)[::-1]
+    assert values[:basis.shape[1]].sum() >= 0.8 * values.sum() > values[:basis.shape[1] - 1].sum()
+    near, residual = icas.novelty(t(target), t(bank), torch.from_numpy(known), mean, basis)[0].numpy()
+    expected = np.mean([(1 - target[b][0] @ bank[b][0, :50].T).min(axis=1) for b in range(2)], axis=0)   # the last block is left out
+    np.testing.assert_allclose(near, expected, atol=1e-6)
+    x = unit(target[0] + target[1])[0] - middle.mean(axis=0)
+    axes = np.linalg.svd(middle - middle.mean(axis=0))[2][:basis.shape[1]]
+    np.testing.assert_allclose(residual, np.linalg.norm(x - x @ axes.T @ axes, axis=1), atol=1e-6)
+
+
 def test_the_image_score_is_the_mean_of_the_top_percent(rng):
     values = rng.random((1, 20, 20))
     assert icas.top_share(torch.from_numpy(values)).item() == pytest.approx(np.sort(values.ravel())[-4:].mean())
