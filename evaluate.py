@@ -78,6 +78,7 @@ def read_source(source: str, strips: int = 1) -> dict[str, list[dict]]:
     categories: dict[str, list[dict]] = {}
     for record in records:
         name = Path(os.path.relpath(record["image"], root)).as_posix()
+        name += "#{}-{}".format(*record["box"][:2]) if "box" in record else ""
         for part in range(strips):
             cut = {"strip": (part, strips), "name": f"{name}#{part}"} if strips > 1 else {"name": name}
             categories.setdefault(record.get("category") or default, []).append(
@@ -191,7 +192,8 @@ def plan(task: str, records: Sequence[dict], args: argparse.Namespace) -> list[d
             raise ValueError("--data: no defect type is marked in two images of different items; nothing can be evaluated")
         return episodes
     train, held = split_normals(records)
-    test = held + [r for r in records if r["bad"] and (task == "openset" or r["split"] != "train")]
+    bad = [r for r in records if r["bad"]]
+    test = held + ([r for r in bad if r["split"] != "train"] or bad)
     if not train or len({r["bad"] for r in test}) < 2:
         raise ValueError(f"--data: {task} needs good images for prompts and both good and bad ones for the test; got {len(train)} for "
                          f"prompts, {sum(not r['bad'] for r in test)} good and {sum(r['bad'] for r in test)} bad; AUROC is undefined")

@@ -760,6 +760,9 @@ class Features(NamedTuple):
     small: Tensor   # (B, 3, 8 H0, 8 W0) RGB in [0, 1], for the image stem
 
 
+EQUAL = [0.3] * 7 + [0.0]  # fusion weights before they are learned: of the seven terms of `evidence`, and the offset
+
+
 class ICAS(nn.Module):
     """Frozen encoder, trained decoder and the weights of the score fusion. `load` makes one; the entry points use it."""
 
@@ -768,10 +771,9 @@ class ICAS(nn.Module):
         self.config = config
         self.encoder = Encoder(config.encoder, config.patch_size)
         self.decoder = Decoder(config)
-        # log-odds = evidence . weight[:-1] + weight[-1], learned on held-out sets (R18); these are the values before that
-        start = torch.tensor([0.5, 0.5, 0.5, 0.3, 0.3, 0.3, 0.3, 0.0]) / 2
-        self.register_buffer("fusion_marked", start.clone())
-        self.register_buffer("fusion_normal", start.clone())
+        # log-odds = evidence . weight[:-1] + weight[-1] (R18); the first learned on held-out sets
+        self.register_buffer("fusion_marked", torch.tensor(EQUAL))
+        self.register_buffer("fusion_normal", torch.tensor([0.3] * 3 + [0.0] * 5))
         self.encoder_sha256 = ""  # of the file that the encoder came from; set by `load`
         self._bases: dict[tuple[int, int], list[Tensor] | list[None]] = {}
 

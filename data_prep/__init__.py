@@ -8,6 +8,7 @@
     labels     {value: name}; {"*": name} says that every value but 0 is `name`, so that masks of 0 and 255 are used where they lie
     split      "train" or "test"
     group      what shows the same physical item: prompt and test never share one
+    box        [x0, y0, x1, y1]: only this part of image and mask counts
     category   the object, where a data set has several
     anomalous  true where an image is known to be bad but nobody marked where
 """

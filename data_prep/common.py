@@ -73,7 +73,7 @@ def write_manifest(records: Iterable[dict], out: Path) -> dict[str, int]:
     seen: dict[str, set] = {"categories": set(), "labels": set()}
     with open(part, "w", encoding="utf-8") as file:
         for record in records:
-            paths = {k: Path(os.path.relpath(record[k], base)).as_posix() for k in ("image", "mask") if isinstance(record.get(k), (str, Path))}
+            paths = {k: os.path.relpath(record[k], base).replace(os.sep, "/") for k in ("image", "mask") if isinstance(record.get(k), str)}
             file.write(json.dumps(record | paths, ensure_ascii=False) + "\n")
             bad = "mask" in record or record.get("anomalous", False)
             for key in ("images", record["split"], "masks" if "mask" in record else "", "bad" if bad else "good",
@@ -99,7 +99,8 @@ def stream(path: Path) -> Iterator[dict]:
 
 def check(counts: dict[str, int], published: dict[str, int], partial: bool) -> list[str]:
     """Lines that compare what was found with what was published. Raises ValueError on a difference unless `partial`."""
-    lines = [f"{key}: {counts.get(key, 0)}" + ("" if want == counts.get(key, 0) else f", published {want}") for key, want in published.items()]
+    lines = [f"{key}: {counts.get(key, 0)}" + ("" if want == counts.get(key, 0) else f", published {want}")
+             for key, want in published.items()]
     wrong = [line for line in lines if "published" in line]
     if wrong and not partial:
         raise ValueError("counts differ from the published ones: " + "; ".join(wrong) + ". Get what is missing, or pass --partial")

@@ -19,7 +19,8 @@ def records(root: Path | None = None, out: Path | None = None) -> Iterator[dict]
         except ImportError as error:
             raise ValueError("elpv: the package is missing; pip install elpv-dataset") from error
         root = Path(elpv_dataset.__file__).parent
-    data = next((p for p in (Path(root) / "data", Path(root), Path(root) / "src" / "elpv_dataset" / "data") if (p / "labels.csv").is_file()), None)
+    places = Path(root) / "data", Path(root), Path(root) / "src" / "elpv_dataset" / "data"
+    data = next((p for p in places if (p / "labels.csv").is_file()), None)
     if data is None:
         raise FileNotFoundError(f"elpv: no data/labels.csv below {root}")
     for line in (data / "labels.csv").read_text().splitlines():

@@ -52,7 +52,8 @@ def flat(root: Path) -> Iterator[dict]:
     for kind in ("good", "bad"):
         for image in images(root / kind) if (root / kind).is_dir() else []:
             name = image.relative_to(root).as_posix()
-            record = {"image": str(image), "labels": {}, "split": split_of(name) if kind == "good" else "test", "group": name, "category": root.name}
+            record = {"image": str(image), "labels": {}, "split": split_of(name) if kind == "good" else "test", "group": name,
+                      "category": root.name}
             if kind == "good":
                 size(image)
                 yield record
