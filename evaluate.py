@@ -184,7 +184,8 @@ def plan(task: str, records: Sequence[dict], args: argparse.Namespace) -> list[d
                     normals = draw(good, args.normals or 1, seed, label, "normal") if args.prompt != "anomaly" else []
                     tests, others = unseen(shown, prompts + normals), unseen(good, prompts + normals)
                     if len(prompts) < shots or not tests:
-                        print(f"{label!r}: {len({r['group'] for r in shown})} items, too few for {shots} prompts and a test: left out", file=sys.stderr)
+                        items = len({r["group"] for r in shown})
+                        print(f"{label!r}: {items} items, too few for {shots} prompts and a test: left out", file=sys.stderr)
                         continue
                     episodes.append({"seed": seed, "label": label, "shots": shots, "normals": names(normals), "tests": tests,
                                      "prompts": names(prompts) if args.prompt != "normal" else [], "good": others if args.good else []})
@@ -262,7 +263,8 @@ class Store:
         """Encode what is not there yet, tiles of one size together."""
         wanted = [n for n in dict.fromkeys(wanted) if n not in self.kept]
         for i in range(0, len(wanted), self.batch_size):
-            cut = [(n, box, part) for n in wanted[i:i + self.batch_size] for box, part in icas._cut(self.pixels(n).to(self.model.device), self.model.config)]
+            cut = [(n, box, part) for n in wanted[i:i + self.batch_size]
+                   for box, part in icas._cut(self.pixels(n).to(self.model.device), self.model.config)]
             for shape in {part.shape for _, _, part in cut}:
                 alike = [c for c in cut if c[2].shape == shape]
                 for j in range(0, len(alike), self.batch_size):
@@ -289,7 +291,8 @@ class Store:
 
     def shown(self, episode: dict) -> list[icas.Shot]:
         """All that an episode shows: marked prompts, then good parts."""
-        return [s for n in episode["prompts"] for s in self.shots(n, episode["label"])] + [s for n in episode["normals"] for s in self.shots(n)]
+        marked = [s for n in episode["prompts"] for s in self.shots(n, episode["label"])]
+        return marked + [s for n in episode["normals"] for s in self.shots(n)]
 
 
 def canvas(maps: Sequence[Tensor], tiles: Sequence[icas.Tile], shape: tuple[int, int]) -> np.ndarray:
@@ -396,8 +399,9 @@ def summarise_segmentation(scored: Sequence[tuple[dict, dict]]) -> dict:
             return float(np.mean(values)) if values else None
         by_seed = [mean("iou", seed=s) for s in seeds]
         fb = np.sum([m[method]["fb"] for _, m in scored], axis=0)
-        rows[method] = {"mean_iou": mean("iou"), "std": float(np.std(by_seed)), "seeds": by_seed, "iou": {t: mean("iou", label=t) for t in labels},
-                        "fb_iou": float(50 * fb[0] / max(1, fb[1]) + 50 * fb[2] / max(1, fb[3])), "image_iou": mean("image_iou"),
+        rows[method] = {"mean_iou": mean("iou"), "std": float(np.std(by_seed)), "seeds": by_seed,
+                        "iou": {t: mean("iou", label=t) for t in labels}, "image_iou": mean("image_iou"),
+                        "fb_iou": float(50 * fb[0] / max(1, fb[1]) + 50 * fb[2] / max(1, fb[3])),
                         "iou_with_good": mean("iou_with_good"), axis: {str(n): mean("iou", **{axis: n}) for n in sizes}}
     return rows
 
@@ -407,7 +411,8 @@ def summarise_segmentation(scored: Sequence[tuple[dict, dict]]) -> dict:
 
 def rotations(pixels: Tensor, angles: Sequence[float]) -> list[Tensor]:
     """(H, W, 3) uint8 turned about its middle, borders mirrored."""
-    return [pixels if not a else torch.from_numpy(ndimage.rotate(pixels.numpy(), a, reshape=False, order=1, mode="reflect")) for a in angles]
+    turn = lambda a: torch.from_numpy(ndimage.rotate(pixels.numpy(), a, reshape=False, order=1, mode="reflect"))  # noqa: E731
+    return [turn(a) if a else pixels for a in angles]
 
 
 Detector = Callable[[icas.Features], Tensor]   # one tile's features -> (H0, W0) map of how abnormal its tokens are
@@ -503,8 +508,8 @@ def score_detection(model: icas.ICAS, store: Store, episode: dict, masks: bool) 
                 bins = sortable(whole)
                 regions, count = ndimage.label(truth, structure=np.ones((3, 3)))
                 sizes = np.bincount(regions.ravel(), minlength=count + 1)
-                entry |= {"bad": np.unique(bins[truth], return_counts=True), "clean": np.unique(bins[~truth], return_counts=True), "count": count,
-                          "regions": (bins[truth], 1 / sizes[regions[truth]])}
+                entry |= {"bad": np.unique(bins[truth], return_counts=True), "clean": np.unique(bins[~truth], return_counts=True),
+                          "regions": (bins[truth], 1 / sizes[regions[truth]]), "count": count}
             found[method, name] = entry
     return found
 
@@ -541,8 +546,8 @@ def detection_metrics(found: dict, episode: dict, store: Store, masks: bool) -> 
         scores = [e["score"] for e in entries]
         precision, recall, _ = precision_recall_curve(truth, scores)
         f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-        result[method] = {"image_auroc": 100 * float(roc_auc_score(truth, scores)), "aupr": 100 * float(average_precision_score(truth, scores)),
-                          "f1_max": 100 * float(f1.max())} | (pixel_metrics(entries) if masks else {})
+        result[method] = {"image_auroc": 100 * float(roc_auc_score(truth, scores)), "f1_max": 100 * float(f1.max()),
+                          "aupr": 100 * float(average_precision_score(truth, scores))} | (pixel_metrics(entries) if masks else {})
     return result
 
 
@@ -600,7 +605,8 @@ def speed(model: icas.ICAS, sam: bool, repeats: int = 9) -> dict:
         work["SAM ViT-H"] = segment_anything
         run("SAM ViT-H", max(1, repeats // 4))
     median = {name: float(np.median(values)) for name, values in seconds.items()}
-    return {"seconds": median, "ratio": median["segment"] / median["encoder"], "parameters": count, "peak_memory_mib": memory, "image_size": size}
+    return {"seconds": median, "ratio": median["segment"] / median["encoder"], "parameters": count, "peak_memory_mib": memory,
+            "image_size": size}
 
 
 # ---- Tables and figures -------------------------------------------------------------------------------------------------------
@@ -625,8 +631,8 @@ def table(task: str, name: str, rows: dict) -> str:
         return "\n".join(lines)
     types = list(rows["icas"]["iou"])
     extra = [k for k in ("shots", "clicks") if len(rows["icas"].get(k, {})) > 1]
-    lines = [f"{'mean IoU, %':<22}{'mean':>7}{'± seeds':>8}" + "".join(f"{t[:11]:>12}" for t in types) + f"{'FB-IoU':>9}{'an image':>9}{'with good':>10}"
-             + "".join(f"{n + ' ' + k:>10}" for k in extra for n in rows["icas"][k])]
+    lines = [f"{'mean IoU, %':<22}{'mean':>7}{'± seeds':>8}" + "".join(f"{t[:11]:>12}" for t in types)
+             + f"{'FB-IoU':>9}{'an image':>9}{'with good':>10}" + "".join(f"{n + ' ' + k:>10}" for k in extra for n in rows["icas"][k])]
     for method, r in rows.items():
         good = f"{r['iou_with_good']:>10.1f}" if r["iou_with_good"] is not None else f"{'':>10}"
         lines.append(f"{method:<22}{r['mean_iou']:>7.1f}{r['std']:>8.1f}" + "".join(f"{r['iou'][t]:>12.1f}" for t in types)
@@ -637,7 +643,8 @@ def table(task: str, name: str, rows: dict) -> str:
 
 
 @torch.inference_mode()
-def figures(folder: Path, task: str, model: icas.ICAS, store: Store, episodes: Sequence[dict], details: Sequence[dict], name: str, switches: dict) -> list[Path]:
+def figures(folder: Path, task: str, model: icas.ICAS, store: Store, episodes: Sequence[dict], details: Sequence[dict], name: str,
+            switches: dict) -> list[Path]:
     """Pictures of one category: worst, middling and best images (segmentation), or ROC curves and worst images (detection)."""
     import matplotlib
     matplotlib.use("Agg")
@@ -683,7 +690,8 @@ def figures(folder: Path, task: str, model: icas.ICAS, store: Store, episodes: S
                 axis.set_title(f"IoU {100 * value:.0f}", fontsize=8)
             for axis in axes[0]:
                 axis.axis("off")
-            figure.suptitle(f"{name}, {label}: red = prompt, white = truth, blue = found; worst three, two in the middle, best two", fontsize=8)
+            order = "worst three, two in the middle, best two"
+            figure.suptitle(f"{name}, {label}: red = prompt, white = truth, blue = found; {order}", fontsize=8)
             keep(figure, label.replace(" ", "_").replace("/", "_"))
         e = episodes[0]
         tile = store.tiles(e["tests"][0])[0]   # Fig. 5: where greedy query selection looks
@@ -693,7 +701,8 @@ def figures(folder: Path, task: str, model: icas.ICAS, store: Store, episodes: S
         y0, y1, x0, x1 = tile.box
         figure, axis = plt.subplots(figsize=(4, 4))
         axis.imshow(store.pixels(e["tests"][0]).numpy())
-        axis.scatter(x0 + (picked % w0 + 0.5) * (x1 - x0) / w0, y0 + (picked // w0 + 0.5) * (y1 - y0) / h0, s=9, c="cyan", edgecolors="black", linewidths=0.4)
+        axis.scatter(x0 + (picked % w0 + 0.5) * (x1 - x0) / w0, y0 + (picked // w0 + 0.5) * (y1 - y0) / h0, s=9, c="cyan",
+                     edgecolors="black", linewidths=0.4)
         axis.axis("off")
         axis.set_title("greedy query selection", fontsize=8)
         keep(figure, "gqs")
@@ -726,7 +735,8 @@ def figures(folder: Path, task: str, model: icas.ICAS, store: Store, episodes: S
 def write_page(path: Path, task: str, text: str, pictures: Sequence[Path]) -> None:
     """One HTML page with the tables and the pictures."""
     import html
-    images = "\n".join(f'<figure><img src="{os.path.relpath(p, path.parent)}" loading="lazy"><figcaption>{html.escape(p.stem)}</figcaption></figure>' for p in pictures)
+    images = "\n".join(f'<figure><img src="{os.path.relpath(p, path.parent)}" loading="lazy"><figcaption>{html.escape(p.stem)}'
+                       "</figcaption></figure>" for p in pictures)
     path.write_text(f"""<!doctype html><meta charset="utf-8"><title>icas, {task}</title>
 <style>body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px; padding: 0 1rem; color: #222; background: #fff }}
 pre {{ background: #f4f5f7; padding: 1rem; overflow-x: auto; border-radius: 6px }} figure {{ margin: 1.5rem 0 }}
@@ -818,7 +828,8 @@ def run(args: argparse.Namespace) -> int:
         replayed = json.loads(Path(args.replay).read_text())
         args.task, args.data, args.strips = replayed["task"], args.data or replayed["arguments"]["data"], replayed["arguments"]["strips"]
     model, path = start(args)
-    machine = {"device": str(model.device), "bf16": icas.fast_bf16(model.device), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
+    machine = {"device": str(model.device), "bf16": icas.fast_bf16(model.device), "threads": torch.get_num_threads(),
+               "cores": os.cpu_count()}
     if args.task == "speed":
         record = speed(model, args.sam) | machine
         out.mkdir(parents=True, exist_ok=True)
@@ -864,10 +875,11 @@ def run(args: argparse.Namespace) -> int:
     segmenting = args.task in ("semantic", "interactive")
     first = next(iter(results.values()))
     if segmenting:
-        head = {"mean_iou": float(np.mean([r["icas"]["mean_iou"] for r in results.values()])), "iou": first["icas"]["iou"],
-                "baselines": {m: {"mean_iou": float(np.mean([r[m]["mean_iou"] for r in results.values()])), "iou": first[m]["iou"]} for m in PEERS[args.task]}}
+        row = lambda m: {"mean_iou": float(np.mean([r[m]["mean_iou"] for r in results.values()])), "iou": first[m]["iou"]}  # noqa: E731
+        head = row("icas") | {"baselines": {m: row(m) for m in PEERS[args.task]}}
     else:
-        mean = lambda m: {c: float(np.mean([r[m][c]["image_auroc"] for r in results.values() if c in r[m]])) for c in first[m]}  # noqa: E731
+        mean = lambda m: {c: float(np.mean([r[m][c]["image_auroc"] for r in results.values() if c in r[m]]))  # noqa: E731
+                          for c in first[m]}
         head = {"image_auroc": mean("icas"), "baselines": {m: {"image_auroc": mean(m)} for m in PEERS[args.task]}}
     text = "\n\n".join(f"{name}\n{table(args.task, name, rows)}" for name, rows in results.items())
     record = rounded(head | {"task": args.task, "data": results, "episodes": plans}) | {

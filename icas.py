@@ -714,16 +714,17 @@ class Truths(NamedTuple):
 
 
 def objective(decoder: Decoder, decoded: Decoded, marked: Tensor, truths: Sequence[Truths], points: Tensor,
-              normalizer: Tensor | float | None = None) -> dict[str, Tensor]:
+              totals: Tensor | None = None) -> dict[str, Tensor]:
     """Eq. 1 over every layer (deep supervision), and the relation net's dense mask. Returns the loss parts, to be summed.
 
     marked      (B,) 1.0 where the prompt marks an anomaly: only there the first classifier is trained.
     points      (P,) indices of the flattened (4 H0, 4 W0) grid where masks are compared, shared by all.
-    normalizer  matched masks over all ranks; by default those of this batch.
+    totals      what each part is divided by, from `loss_totals` over all ranks; by default that of this batch.
     """
     pixels = decoded.pixels.flatten(2)[..., points]
     sampled = [t.masks.flatten(1)[:, points] for t in truths]
-    total = normalizer if normalizer is not None else max(1, sum(len(t.classes) for t in truths))
+    totals = loss_totals(truths, marked > 0, decoded.content[0].shape[1]) if totals is None else totals
+    total = totals.to(pixels.device).clamp_min(1)
     no_object = torch.tensor([1.0, 1.0, 0.1], device=pixels.device)  # R12
     parts = {name: pixels.new_zeros(()) for name in ("target", "other", "mask", "dense")}
     for content, classes in zip(decoded.content, decoded.classes):
@@ -734,21 +735,28 @@ def objective(decoder: Decoder, decoded: Decoded, marked: Tensor, truths: Sequen
         for i, truth in enumerate(truths):
             rows, columns = match(probs[:, i], masks[i].detach(), truth.classes, sampled[i])
             wanted[i, rows] = truth.classes[columns]
-            parts["mask"] = parts["mask"] + mask_loss(masks[i, rows], sampled[i][columns]).sum() / total
-        for name, logit, weight in (("target", logits[0], marked), ("other", logits[1], torch.ones_like(marked))):
-            each = F.cross_entropy(logit.flatten(0, 1), wanted.flatten(), no_object, reduction="none")
-            weight = weight[:, None] * no_object[wanted]
-            parts[name] = parts[name] + 2 * (each * weight.gt(0).flatten()).sum() / weight.sum().clamp_min(1)
+            parts["mask"] = parts["mask"] + mask_loss(masks[i, rows], sampled[i][columns]).sum() / total[0]
+        for name, logit, counts, whole in (("target", logits[0], marked, total[1]), ("other", logits[1], torch.ones_like(marked), total[2])):
+            each = F.cross_entropy(logit.flatten(0, 1), wanted.flatten(), no_object, reduction="none").view(wanted.shape)
+            parts[name] = parts[name] + 2 * (each * counts[:, None]).sum() / whole
     if decoder.config.correspondence:
-        parts["dense"] = dense_loss(decoded.relation_logits, truths)
+        wanted = torch.stack([t.masks[t.classes == 0].amax(dim=0) if (t.classes == 0).any() else torch.zeros_like(t.masks[0])
+                              for t in truths])
+        parts["dense"] = mask_loss(decoded.relation_logits.flatten(1), wanted.flatten(1)).sum() / total[3]
     return parts
 
 
-def dense_loss(logits: Tensor, truths: Sequence[Truths]) -> Tensor:
-    """Mask loss of the relation net's (B, 4 H0, 4 W0) logits against all that is prompted, which may be nothing."""
-    wanted = torch.stack([t.masks[t.classes == 0].amax(dim=0) if (t.classes == 0).any() else torch.zeros_like(t.masks[0])
-                          for t in truths])
-    return mask_loss(logits.flatten(1), wanted.flatten(1)).mean()
+def loss_totals(truths: Sequence[Truths], marked: Tensor, queries: int) -> Tensor:
+    """(4,): matched masks, class weights of either classifier, pairs. Known before the forward pass: every truth is matched while
+    there are queries left, and the others weigh 0.1 (R12)."""
+    matched = torch.tensor([min(queries, len(t.classes)) for t in truths], dtype=torch.float32)
+    weights = matched + 0.1 * (queries - matched)
+    return torch.stack([matched.sum(), (weights * marked.cpu()).sum(), weights.sum(), torch.tensor(float(len(truths)))])
+
+
+def count_queries(config: Config, maps: Tensor) -> int:
+    """K, or the number of tokens where there are fewer to pick from."""
+    return config.queries if config.learned_queries else min(config.queries, maps.shape[-2] * maps.shape[-1])
 
 
 # ---- The model -------------------------------------------------------------------------------------------------------
@@ -828,7 +836,7 @@ class ICAS(nn.Module):
         learned queries)."""
         h0 = neck.shape[-2]
         maps = relations(tokens, prompt, self.middle, h0), appearance(small, prompt.moments)
-        count = min(self.config.queries, tokens[0].shape[1])
+        count = count_queries(self.config, neck)
         if self.config.learned_queries or not gqs:
             even = torch.linspace(0, tokens[0].shape[1] - 1, count, device=neck.device).round().long()
             picked = even.expand(len(neck), -1)
@@ -849,61 +857,67 @@ class Batch(NamedTuple):
     foreground: Tensor       # (B, H0, W0) share of the prompted label in the reference
     background: Tensor       # (B, H0, W0) share of what is surely not it
     moments: Tensor          # (B, 2, PIXEL + 1, PIXEL + 1) of the reference, see `pixel_moments`
+    hidden: Tensor           # (B,) 1.0 where raw features are hidden from the decoder, so that it leans on relations, which carry over
     truths: list[Truths]     # segments of each target
 
 
-def pair_loss(model: ICAS, batch: Batch, generator: torch.Generator, hide_features: float = 0.0,
-              relation_only: bool = False) -> dict[str, Tensor]:
-    """Loss parts of one batch of pairs. With probability `hide_features` a pair's raw features are hidden from the decoder, so
-    that it leans on relations, which carry over to unseen parts. `relation_only`: the relation net's loss alone, twice as fast."""
+def pair_loss(model: ICAS, batch: Batch, generator: torch.Generator, totals: Tensor | None = None) -> dict[str, Tensor]:
+    """Loss parts of one batch of pairs, to be summed; `totals` as in `objective`."""
     b, _, h0, w0 = batch.reference.shape
-    if relation_only:
-        sides = batch.foreground.flatten(1), batch.background.flatten(1)
-        prompt = Prompt(model.tokens(batch.reference), batch.reference, *sides, batch.moments)
-        maps = relations(model.tokens(batch.target.maps), prompt, model.middle, h0), appearance(batch.target.small, batch.moments)
-        with model.autocast():
-            logits = model.decoder.relation(*maps, batch.target.small)[2]
-        return {"dense": dense_loss(logits, batch.truths)}
-    keep = (torch.rand(b, generator=generator) >= hide_features).float().to(batch.reference.device)[:, None, None, None]
-    neck = model.neck(torch.cat([batch.target.maps, batch.reference])) * torch.cat([keep, keep])
+    neck = model.neck(torch.cat([batch.target.maps, batch.reference])) * (1 - batch.hidden).repeat(2)[:, None, None, None]
     prompt = Prompt(model.tokens(batch.reference), rearrange(neck[b:], "b c h w -> b (h w) c"), batch.foreground.flatten(1),
                     batch.background.flatten(1), batch.moments)
     decoded, _ = model.decode(model.tokens(batch.target.maps), neck[:b], batch.target.small, prompt)
     # one pixel of every 2 x 2: sampled points (R12) that miss no defect of two pixels
     y, x = (2 * torch.arange(2 * n)[:, None] + torch.randint(2, (2 * n, 2 * m), generator=generator) for n, m in ((h0, w0), (w0, h0)))
     points = (y * 4 * w0 + x.T).flatten().to(neck.device)
-    return objective(model.decoder, decoded, prompt.marked, batch.truths, points)
+    return objective(model.decoder, decoded, prompt.marked, batch.truths, points, totals)
 
 
-def fit(model: ICAS, batches: Callable[[int], Batch], *, steps: int, lr: float = 1e-4, weight_decay: float = 0.05, warmup: int = 100,
-        clip: float = 1.0, hide_features: float = 0.0, relation_steps: int = 0, seed: int = 0, start: int = 0,
-        optimizer: torch.optim.Optimizer | None = None,
+def fit(model: ICAS, batches: Callable[[int], Batch | Sequence[Batch]], *, steps: int, lr: float = 1e-4, weight_decay: float = 0.05,
+        warmup: int = 100, clip: float = 1.0, seed: int = 0, start: int = 0, optimizer: torch.optim.Optimizer | None = None,
         callback: Callable[[int, dict[str, float], torch.optim.Optimizer], Any] | None = None) -> ICAS:
     """Train the decoder in place; both stages are this loop on other pairs (Sec. 3.3, R16).
 
-    batches    gives the pairs of step i, a function of i alone, so that a run that resumes at `start` sees what it would have.
+    batches    gives the pairs of step i, a function of i alone, so that a run that resumes at `start` sees what it would have; several
+               batches are accumulated into one step. Under torch.distributed each rank gives its share, and gradients are summed:
+               losses are divided by what all ranks and batches hold, so that any division of the pairs gives the same step.
     lr         AdamW (0.9, 0.999): linear warm-up, then linear decay to 0 at `steps`; no decay of norms, biases and embeddings.
-    relation_steps  the first so many steps train the relation net alone.
     callback   called after each step with its number, the loss parts and the optimizer; a true result ends the training.
     returns    the model, in eval mode.
     Raises ValueError if the loss is not finite.
     """
+    import torch.distributed as dist
     optimizer = optimizer or make_optimizer(model.decoder, lr, weight_decay)
+    parameters = list(model.decoder.parameters())
     model.decoder.train()
     for step in range(start, steps):
         rate = lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        parts = pair_loss(model, batches(step), torch.Generator().manual_seed(seed * 1_000_003 + step), hide_features,
-                          step < relation_steps)
-        loss = sum(parts.values())
-        if not torch.isfinite(loss):
-            raise ValueError(f"fit: the loss of step {step} is {loss.item()}; lower lr={lr} or check that batch's masks")
+        given = batches(step)
+        given = [given] if isinstance(given, Batch) else list(given)
+        totals = torch.stack([loss_totals(b.truths, b.foreground.flatten(1).amax(dim=1) > 0, count_queries(model.config, b.reference))
+                              for b in given]).sum(dim=0)
+        if dist.is_initialized():
+            dist.all_reduce(totals)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.decoder.parameters(), clip)
+        sums: dict[str, Tensor] = {}
+        for batch in given:
+            parts = pair_loss(model, batch, torch.Generator().manual_seed(seed * 1_000_003 + step), totals)
+            sum(parts.values()).backward()
+            sums = {k: sums.get(k, 0) + v.detach() for k, v in parts.items()}
+        values = torch.stack(list(sums.values()))
+        if dist.is_initialized():
+            dist.all_reduce(values)
+            for p in parameters:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                dist.all_reduce(p.grad)
+        if not torch.isfinite(values).all():
+            raise ValueError(f"fit: the loss of step {step} is {values.sum().item()}; lower lr={lr} or check that batch's masks")
+        nn.utils.clip_grad_norm_(parameters, clip)
         optimizer.step()
-        if callback and callback(step, {"loss": loss.item()} | {k: v.item() for k, v in parts.items()}, optimizer):
+        if callback and callback(step, {"loss": values.sum().item()} | dict(zip(sums, values.tolist())), optimizer):
             break
     model.eval()
     return model

@@ -12,14 +12,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import pickle
 import sys
 import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from scipy import ndimage
@@ -251,6 +256,65 @@ class SyntheticDefect:
 # ---- Cached views ----------------------------------------------------------------------------------------------------
 
 
+class View(NamedTuple):
+    """One augmented image: its features, or the pixels they are still to be made from."""
+    features: np.ndarray | None   # (B, D, H0, W0) float16
+    pixels: Tensor | None         # (3, S, S) in [0, 1]
+    small: Tensor                 # (3, 8 H0, 8 W0) in [0, 1]
+    labels: Tensor                # (S, S) uint8
+    names: dict[str, int]         # label -> value that is present
+
+
+class FreshViews:
+    """Images of a manifest, augmented anew at every draw and encoded with the batch: no cache. One entry an image."""
+
+    def __init__(self, name: str, records: list[dict], size: int, patch: int, turns: bool):
+        self.name, self.records, self.size, self.grid, self.turns = name, records, size, size // patch, turns
+        self.index = [{"names": named(r), "group": r["group"], "image": r["image"]} for r in records]
+
+    def shown(self) -> list[dict[str, int]]:
+        """Entry -> {label: value} that its mask shows. Reads the masks, so that a bad one is reported before training; of more than
+        5,000 it believes the manifest."""
+        if len(self.records) > 5000:
+            return [{n: int(v) for v, n in named(r).items()} for r in self.records]
+        shown = []
+        for record in tqdm(self.records, desc=f"masks of {self.name}", leave=False, disable=not sys.stderr.isatty()):
+            present = set(np.unique(read_record(record)[1].numpy()).tolist()) if "mask" in record else set()
+            shown.append({n: int(v) for v, n in named(record).items() if int(v) in present})
+        return shown
+
+    def view(self, i: int, rng: np.random.Generator, label: str | None = None) -> View:
+        image, labels = read_record(self.records[i])
+        value = {n: int(v) for v, n in named(self.records[i]).items()}.get(label, 0)
+        for _ in range(5):  # until the label is in the picture
+            pixels, marks = augment(image, labels, self.size, rng, self.turns)
+            if label is None or (marks == value).any():
+                break
+        return finish(pixels, marks, self.index[i]["names"], self.grid)
+
+
+class FreshSynthetic:
+    """Synthetic defects painted anew at every draw: the kinds of `build_synthetic`, without an end. Two entries a kind make its pairs."""
+
+    def __init__(self, manifests: Sequence[str | Path], kinds: int, seed: int, size: int, patch: int):
+        self.name, self.kinds, self.seed, self.size, self.grid = "synthetic", kinds, seed, size, size // patch
+        self.pools = [read_manifest(m, limit=100_000) for m in manifests]
+        self.index = [{"names": {"1": f"kind {i // 2}"}, "group": str(i), "image": "synthetic"} for i in range(2 * kinds)]
+
+    def shown(self) -> list[dict[str, int]]:
+        return [{f"kind {i // 2}": 1} for i in range(2 * self.kinds)]
+
+    def view(self, i: int, rng: np.random.Generator, label: str | None = None) -> View:
+        pixels, mask, _ = synthetic_view(self.pools, i // 2, rng, self.seed, self.size)
+        return finish(pixels, mask.byte(), {"1": f"kind {i // 2}"}, self.grid)
+
+
+def finish(pixels: Tensor, labels: Tensor, names: dict[str, str], grid: int) -> View:
+    small = F.interpolate(pixels[None], size=(8 * grid, 8 * grid), mode="bilinear", antialias=True)[0]
+    present = set(np.unique(labels.numpy()).tolist())
+    return View(None, pixels, small, labels, {n: int(v) for v, n in names.items() if int(v) in present})
+
+
 class ViewCache:
     """Augmented views of one source with the frozen encoder's features, kept on disk as three arrays and an index.
 
@@ -262,6 +326,17 @@ class ViewCache:
         self.name = folder.name
         self.index = json.loads((folder / "index.json").read_text())
         self.features, self.images, self.labels = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("features", "images", "labels"))
+
+    def shown(self) -> list[dict[str, int]]:
+        """View -> {label: value} that it shows."""
+        present = [set(np.unique(labels).tolist()) for labels in self.labels]
+        return [{n: int(v) for v, n in record["names"].items() if int(v) in here} for record, here in zip(self.index, present)]
+
+    def view(self, i: int, rng: np.random.Generator | None = None, label: str | None = None) -> View:
+        labels = torch.from_numpy(self.labels[i].copy())
+        present = set(np.unique(self.labels[i]).tolist())
+        names = {n: int(v) for v, n in self.index[i]["names"].items() if int(v) in present}
+        return View(self.features[i], None, torch.from_numpy(self.images[i].copy()) / 255, labels, names)
 
     @staticmethod
     def build(folder: Path, views: int, make, encoder: icas.Encoder, blocks: tuple[int, ...], size: int) -> None:
@@ -288,14 +363,18 @@ class ViewCache:
         part.replace(folder)
 
 
-def build_set(folder: Path, manifest: Path, count: int, views: int, good: int, turns: bool, seed: int, encoder, blocks, size) -> None:
-    """Cache `views` views of up to `count` marked images of a manifest, and of `good` unmarked ones."""
-    rng = np.random.default_rng([seed, sum(map(ord, folder.name))])
+def choose(manifest: Path, count: int, good: int, seed: int) -> list[dict]:
+    """Up to `count` marked images of a manifest, and `good` unmarked ones (0: all), sorted; of very long manifests a sample."""
     records = read_manifest(manifest, limit=100_000)
-    marked, plain = [r for r in records if "mask" in r], [r for r in records if "mask" not in r and not r.get("anomalous")]
-    marked = [marked[i] for i in sorted(rng.permutation(len(marked))[:count])]
-    plain = [plain[i] for i in sorted(rng.permutation(len(plain))[:good])]
-    jobs = [r for r in marked + plain for _ in range(views)]
+    rng, chosen = np.random.default_rng([seed, sum(map(ord, records[0]["set"]))]), []
+    for part, number in (([r for r in records if "mask" in r], count), ([r for r in records if "mask" not in r and not r.get("anomalous")], good)):
+        chosen += [part[i] for i in sorted(rng.permutation(len(part))[:number or len(part)])]
+    return chosen
+
+
+def build_set(folder: Path, records: list[dict], views: int, turns: bool, seed: int, encoder, blocks, size) -> None:
+    """Cache `views` views of each record; view j of record i is a function of (seed, i, j)."""
+    jobs = [r for r in records for _ in range(views)]
 
     def make(i: int):
         image, labels = augment(*read_record(jobs[i]), size, np.random.default_rng([seed, i]), turns)
@@ -303,23 +382,27 @@ def build_set(folder: Path, manifest: Path, count: int, views: int, good: int, t
     ViewCache.build(folder, len(jobs), make, encoder, blocks, size)
 
 
+def synthetic_view(pools: list[list[dict]], kind: int, rng: np.random.Generator, seed: int, size: int) -> tuple[Tensor, Tensor, str]:
+    """(3, S, S) image with a new defect of a kind, its bool mask, the kind's name. Even kinds stay on one data set, as real ones do."""
+    defect = SyntheticDefect.draw(np.random.default_rng([seed, kind]))
+
+    def surface(rng: np.random.Generator, pool: list[dict]) -> Tensor:
+        return augment(*read_record(pool[rng.integers(len(pool))]), size, rng, True)[0]
+    home = np.random.default_rng([seed, kind, 99]) if kind % 2 == 0 else rng
+    base = surface(rng, pools[home.integers(len(pools))])
+    foreign = np.random.default_rng(defect.texture)
+    image, mask = defect.paint(base, surface(foreign, pools[foreign.integers(len(pools))]), rng)
+    return image, mask, defect.kind
+
+
 def build_synthetic(folder: Path, manifests: list[Path], kinds: int, views: int, seed: int, encoder, blocks, size) -> None:
     """Cache `views` images of each of `kinds` synthetic defects, on surfaces drawn from all manifests alike."""
     pools = [read_manifest(m, limit=100_000) for m in manifests]
 
-    def surface(rng: np.random.Generator) -> Tensor:
-        pool = pools[rng.integers(len(pools))]
-        return augment(*read_record(pool[rng.integers(len(pool))]), size, rng, True)[0]
-
     def make(i: int):
         kind, view = divmod(i, views)
-        defect, rng = SyntheticDefect.draw(np.random.default_rng([seed, kind])), np.random.default_rng([seed, kind, view])
-        home = np.random.default_rng([seed, kind, 99])  # half of the kinds stay on one kind of surface, as real defects do
-        same = kind % 2 == 0
-        pool = pools[home.integers(len(pools))]
-        base = augment(*read_record(pool[(rng if view or not same else home).integers(len(pool))]), size, rng, True)[0] if same else surface(rng)
-        image, mask = defect.paint(base, surface(np.random.default_rng(defect.texture)), rng)
-        return image, mask.byte(), {"names": {"1": f"{defect.kind}_{kind}"}, "group": f"{kind}_{view}", "image": "synthetic"}
+        image, mask, name = synthetic_view(pools, kind, np.random.default_rng([seed, kind, view]), seed, size)
+        return image, mask.byte(), {"names": {"1": f"{name}_{kind}"}, "group": f"{kind}_{view}", "image": "synthetic"}
     ViewCache.build(folder, kinds * views, make, encoder, blocks, size)
 
 
@@ -327,70 +410,76 @@ def build_synthetic(folder: Path, manifests: list[Path], kinds: int, views: int,
 
 
 class Pairs:
-    """Draws batches of (reference, target) from view caches; batch i depends on (seed, i) alone."""
+    """Batches of (reference, target); pair j of step i is a function of (seed, i, j) alone, whichever rank or micro-batch draws it."""
 
-    def __init__(self, caches: list[ViewCache], weights: list[float], anomaly: set[str], batch_size: int, seed: int):
-        self.caches, self.batch_size, self.seed, self.anomaly = caches, batch_size, seed, anomaly
-        self.weights = np.array(weights) / sum(weights)
-        self.by_label: list[dict[str, list[int]]] = []   # a cache: label -> views that show it
-        self.values: list[list[dict[str, int]]] = []     # a cache: view -> {label: value present}
-        for cache in caches:
+    def __init__(self, sources: list, weights: list[float], anomaly: set[str], batch_size: int, seed: int, hide: float = 0.0,
+                 accumulate: int = 1, model: icas.ICAS | None = None, workers: int = 0):
+        self.sources, self.batch_size, self.seed, self.anomaly, self.hide = sources, batch_size, seed, anomaly, hide
+        self.weights, self.accumulate, self.model = np.array(weights) / sum(weights), accumulate, model
+        self.by_label: list[dict[str, list[int]]] = []   # a source: label -> entries that show it
+        self.values = [source.shown() for source in sources]
+        for values in self.values:
             table: dict[str, list[int]] = {}
-            values = []
-            for i, record in enumerate(cache.index):
-                present = set(np.unique(cache.labels[i]).tolist())
-                here = {name: int(v) for v, name in record["names"].items() if int(v) in present}
-                values.append(here)
+            for i, here in enumerate(values):
                 for name in here:
                     table.setdefault(name, []).append(i)
             self.by_label.append({k: v for k, v in sorted(table.items()) if len(v) > 1})
-            self.values.append(values)
+        self.pool, self.ahead, self.waited = ThreadPoolExecutor(max(1, workers)), {}, 0.0
 
-    def __call__(self, step: int) -> icas.Batch:
-        rng = np.random.default_rng([self.seed, step])
-        return collate([self.draw(rng) for _ in range(self.batch_size)])
+    def __call__(self, step: int) -> list[icas.Batch]:
+        """This rank's share of a step, in `accumulate` micro-batches; the next step is drawn meanwhile."""
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        for coming in (step, step + 1):
+            if coming not in self.ahead:
+                self.ahead[coming] = [self.pool.submit(self.draw, np.random.default_rng([self.seed, coming, j]))
+                                      for j in range(rank, self.batch_size, world)]
+        began = time.perf_counter()
+        pairs = [future.result() for future in self.ahead.pop(step)]
+        size = -(-len(pairs) // self.accumulate)
+        batches = [collate(pairs[i:i + size], self.model) for i in range(0, len(pairs), size)]
+        self.waited += time.perf_counter() - began
+        return batches
 
     def draw(self, rng: np.random.Generator) -> dict:
-        s = int(rng.choice(len(self.caches), p=self.weights))
-        cache, table = self.caches[s], self.by_label[s]
+        s = int(rng.choice(len(self.sources), p=self.weights))
+        source, table = self.sources[s], self.by_label[s]
         counts = np.sqrt([len(v) for v in table.values()])
         label = list(table)[rng.choice(len(table), p=counts / counts.sum())]
         target = int(rng.choice(table[label]))
-        group, image = cache.index[target]["group"], cache.index[target]["image"]
-        alike = [i for i in table[label] if i != target and cache.index[i]["image"] == image and image != "synthetic"]
-        other = [i for i in table[label] if cache.index[i]["group"] != group]
+        group, image = source.index[target]["group"], source.index[target]["image"]
+        alike = [i for i in table[label] if source.index[i]["image"] == image and image != "synthetic" and (i != target or not cached(source))]
+        other = [i for i in table[label] if source.index[i]["group"] != group]
         pool = alike if alike and (not other or rng.random() < 0.35) else other
         reference = int(rng.choice(pool)) if pool else target
-        mode = rng.random()
-        value = self.values[s][reference].get(label, -1)
-        marks = torch.from_numpy(cache.labels[reference].copy())
-        if cache.name in self.anomaly and mode < 0.15:    # normal references: everything unmarked, all defects are the answer
-            foreground, background = torch.zeros(marks.shape), (marks == 0).float()
-            wanted = set(self.values[s][target].values())
-        elif mode < 0.3 or reference == target:           # clicks on the target itself
-            reference = target
-            marks = torch.from_numpy(cache.labels[target].copy())
-            inside = (marks == self.values[s][target][label]).numpy()
+        mode, seen = rng.random(), source.view(target, rng, label)
+        wanted = {seen.names[label]} if label in seen.names else set()
+        shown = seen if not pool else source.view(reference, rng, label)
+        value = shown.names.get(label, -1)
+        if source.name in self.anomaly and mode < 0.15:   # normal references: everything unmarked, all defects are the answer
+            foreground, background = torch.zeros(shown.labels.shape), (shown.labels == 0).float()
+            wanted = set(seen.names.values())
+        elif wanted and (mode < 0.3 or not pool):         # clicks on the target itself
+            shown, inside = seen, (seen.labels == seen.names[label]).numpy()
             foreground, background = clicks(inside, int(rng.integers(1, 6)), rng), clicks(~inside, int(rng.integers(1, 6)), rng)
-            wanted = {self.values[s][target][label]}
         else:
-            foreground = (marks == value).float()
+            foreground = (shown.labels == value).float()
             background = 1 - foreground
-            wanted = {self.values[s][target][label]}
-        return sides(cache, reference, foreground, background) | {
-            "target": (cache.features[target], cache.images[target]), "labels": torch.from_numpy(cache.labels[target].copy()), "wanted": wanted}
+        return sides(shown, foreground, background) | {"target": seen, "wanted": wanted, "hidden": float(rng.random() < self.hide)}
 
 
-def sides(cache: ViewCache, view: int, foreground: Tensor, background: Tensor) -> dict:
-    """What a pair says of its reference: features, token shares of its two sides, (S, S) each, and moments of their pixels."""
-    grid = cache.features.shape[-1]
-    small, both = torch.from_numpy(cache.images[view].copy())[None] / 255, torch.stack([foreground, background])
+def cached(source) -> bool:
+    return isinstance(source, ViewCache)
+
+
+def sides(shown: View, foreground: Tensor, background: Tensor) -> dict:
+    """What a pair says of its reference: the view, token shares of its two sides, (S, S) each, and moments of their pixels."""
+    grid, both = shown.small.shape[-1] // 8, torch.stack([foreground, background])
     fine = icas.token_share(both, 4 * grid, 4 * grid)
     coarse = icas.token_share(both, grid, grid)
     if not foreground.any():
         coarse[1] = (coarse[1] > 0.999).float()
-    return {"reference": cache.features[view], "foreground": coarse[0], "background": coarse[1],
-            "moments": icas.pixel_moments(small, fine[:1], fine[1:])[0]}
+    return {"reference": shown, "foreground": coarse[0], "background": coarse[1],
+            "moments": icas.pixel_moments(shown.small[None], fine[:1], fine[1:])[0]}
 
 
 def clicks(inside: np.ndarray, count: int, rng: np.random.Generator) -> Tensor:
@@ -412,14 +501,19 @@ def segments(labels: Tensor, wanted: set[int], size: int) -> icas.Truths:
     return icas.Truths(masks, torch.tensor([0] * bool(prompted.any()) + [1] * len(values[:12])))
 
 
-def collate(pairs: list[dict]) -> icas.Batch:
-    stack = lambda arrays: torch.from_numpy(np.stack(arrays)).float()  # noqa: E731
-    grid = pairs[0]["reference"].shape[-1]
-    flat = lambda arrays: stack(arrays).flatten(1, 2)  # noqa: E731  blocks and channels
-    return icas.Batch(icas.Features(flat([p["target"][0] for p in pairs]), stack([p["target"][1] for p in pairs]) / 255),
-                      flat([p["reference"] for p in pairs]), torch.stack([p["foreground"] for p in pairs]),
-                      torch.stack([p["background"] for p in pairs]), torch.stack([p["moments"] for p in pairs]),
-                      [segments(p["labels"], p["wanted"], 4 * grid) for p in pairs])
+def collate(pairs: list[dict], model: icas.ICAS | None = None) -> icas.Batch:
+    """Pairs as one batch, on the model's device; views without features are encoded here, all at once."""
+    views, device = [p["target"] for p in pairs] + [p["reference"] for p in pairs], model.device if model else "cpu"
+    if any(v.features is None for v in views):
+        maps = model.describe(torch.stack([v.pixels for v in views]).to(device)).maps.float()
+    else:
+        maps = torch.from_numpy(np.stack([v.features for v in views])).to(device).float().flatten(1, 2)
+    stack = lambda key: torch.stack([p[key] for p in pairs]).to(device)  # noqa: E731
+    size = 4 * maps.shape[-1]
+    truths = [segments(p["target"].labels, p["wanted"], size) for p in pairs]
+    return icas.Batch(icas.Features(maps[:len(pairs)], torch.stack([v.small for v in views[:len(pairs)]]).to(device)), maps[len(pairs):],
+                      stack("foreground"), stack("background"), stack("moments"), torch.tensor([p.get("hidden", 0.0) for p in pairs], device=device),
+                      [icas.Truths(*(x.to(device) for x in t)) for t in truths])
 
 
 # ---- Fusion (R18) ----------------------------------------------------------------------------------------------------
@@ -440,10 +534,9 @@ def learn_fusion(model: icas.ICAS, caches: list[ViewCache], pairs: int, seed: in
                 a, b = rng.choice(views, 2, replace=False)
                 if cache.index[a]["group"] == cache.index[b]["group"]:
                     continue
-                foreground = (torch.from_numpy(cache.labels[a].copy()) == source.values[s][a][label]).float()
-                batch = collate([sides(cache, a, foreground, 1 - foreground) | {
-                    "target": (cache.features[b], cache.images[b]), "labels": torch.from_numpy(cache.labels[b].copy()),
-                    "wanted": {source.values[s][b][label]}}])
+                shown, target = cache.view(a), cache.view(b)
+                foreground = (shown.labels == shown.names[label]).float()
+                batch = collate([sides(shown, foreground, 1 - foreground) | {"target": target, "wanted": {target.names[label]}}], model)
                 with torch.no_grad():
                     prompt = icas.Prompt(model.tokens(batch.reference), model.neck(batch.reference).flatten(2).transpose(1, 2),
                                          batch.foreground.flatten(1), batch.background.flatten(1), batch.moments)
@@ -490,13 +583,16 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, help="folder for last.safetensors, log.jsonl and (by default) the views")
     group = parser.add_argument_group("data")
     group.add_argument("--data", nargs="+", required=True, help="manifests, or folders that hold one")
-    group.add_argument("--weights", nargs="+", type=float, help="how often each manifest is drawn from, then the synthetic defects (default 1 each)")
-    group.add_argument("--images", type=int, default=300, help="marked images of each manifest at most (default 300)")
-    group.add_argument("--good", type=int, default=40, help="unmarked images of each manifest at most (default 40)")
-    group.add_argument("--views", type=int, default=1, help="augmented views of each image (default 1)")
-    group.add_argument("--synthetic", type=int, default=0, metavar="KINDS", help="kinds of synthetic defect, three views each (default 0)")
-    group.add_argument("--held-out", nargs="*", default=[], help="manifests that are not trained on: the score fusion is learned there")
-    group.add_argument("--cache", help="folder that keeps the encoded views (default OUT/views)")
+    group.add_argument("--weights", nargs="+", type=float, help="how often each manifest is drawn from, then the synthetic defects (default 1)")
+    group.add_argument("--images", type=int, default=0, help="marked images of each manifest at most (default 0: all)")
+    group.add_argument("--good", type=int, default=0, help="unmarked images of each manifest at most (default 0: all)")
+    group.add_argument("--synthetic", type=int, default=0, metavar="KINDS", help="kinds of synthetic defect (default 0: none)")
+    group.add_argument("--cache", help="folder that keeps encoded views, so that a CPU can train; without it each draw is a new view")
+    group.add_argument("--views", type=int, default=1, help="with --cache: views of each image, and three times as many of a kind (default 1)")
+    group.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that read and augment")
+    group.add_argument("--held-out", nargs="*", default=[], help="manifests that are not trained on: the score fusion is learned there (--cache)")
+    group.add_argument("--validate", nargs="*", default=[], help="manifests that are not trained on: mean IoU is measured there (--cache)")
+    group.add_argument("--validate-every", type=int, default=500, help="steps between validations; the best is kept (default 500)")
     group = parser.add_argument_group("model (ignored with --init)")
     group.add_argument("--init", help="checkpoint to start from")
     group.add_argument("--encoder", default="checkpoints/dinov2-vits14.safetensors", help="encoder weights, any layout that icas.convert reads")
@@ -510,85 +606,235 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--steps", type=int, help="optimizer steps (default 50000 generic, 5000 anomaly)")
     group.add_argument("--batch-size", type=int, default=32, help="pairs a step (default 32)")
     group.add_argument("--lr", type=float, default=1e-4, help="peak learning rate of AdamW (default 1e-4)")
+    group.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step and rank (default 1)")
     group.add_argument("--hide-features", type=float, default=0.3, help="share of pairs whose raw features are hidden (default 0.3)")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--log-every", type=int, default=20, help="steps between lines (default 20)")
+    group.add_argument("--save-minutes", type=float, default=10, help="minutes between states to resume from (default 10)")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default auto)")
+    group.add_argument("--dry-run", action="store_true", help="print the recipe, the data and the memory, and end")
     return parser
 
 
 def start_model(args: argparse.Namespace) -> icas.ICAS:
+    device = icas._device(args.device)
+    if device.type == "cuda" and dist.is_initialized():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if args.init:
-        return icas.load(args.init, encoder=args.encoder, device="cpu").requires_grad_(False)
-    torch.manual_seed(args.seed)
-    model = icas.ICAS(icas.Config(encoder=args.encoder_name, image_size=args.image_size, blocks=tuple(args.blocks), queries=args.queries,
-                                  dim=args.dim, layers=args.layers, ffn_dim=args.ffn_dim, pixel_dim=args.pixel_dim))
-    model.encoder.load_state_dict(icas.load_encoder(args.encoder))
-    model.encoder_sha256 = icas._sha256(args.encoder)
+        model = icas.load(args.init, encoder=args.encoder, device=device).requires_grad_(False)
+    else:
+        torch.manual_seed(args.seed)
+        model = icas.ICAS(icas.Config(encoder=args.encoder_name, image_size=args.image_size, blocks=tuple(args.blocks), queries=args.queries,
+                                      dim=args.dim, layers=args.layers, ffn_dim=args.ffn_dim, pixel_dim=args.pixel_dim))
+        model.encoder.load_state_dict(icas.load_encoder(args.encoder))
+        model.encoder_sha256 = icas._sha256(args.encoder)
+        model = model.to(device).requires_grad_(False)
+    if device.type == "cuda":
+        model.encoder.compile()
+        model.decoder.compile()
     return model
 
 
-def open_caches(args: argparse.Namespace, model: icas.ICAS, manifests: list[str]) -> list[ViewCache]:
-    """Build what is not there yet, then open it: one cache a manifest, named after its folder."""
-    root, config = Path(args.cache or Path(args.out) / "views"), model.config
-    caches = []
+def open_sources(args: argparse.Namespace, model: icas.ICAS, manifests: Sequence[str], turns: bool, cache: bool) -> list:
+    """One source of views a manifest, named after its folder; caches are built if they are not there yet (by rank 0)."""
+    config, sources = model.config, []
     for manifest in manifests:
-        name = (Path(manifest).parent if Path(manifest).suffix else Path(manifest)).name
-        if not (root / name).is_dir():
-            build_set(root / name, Path(manifest), args.images, args.views, args.good, args.stage == "anomaly", args.seed, model.encoder,
-                      config.blocks, config.image_size)
-        caches.append(ViewCache(root / name))
-    return caches
+        name = (Path(manifest).parent if Path(manifest).suffix else Path(manifest)).resolve().name
+        records = choose(Path(manifest), args.images, args.good, args.seed)
+        if not cache:
+            sources.append(FreshViews(name, records, config.image_size, config.patch_size, turns))
+            continue
+        folder = Path(args.cache) / name
+        if rank() == 0 and not folder.is_dir():
+            build_set(folder, records, args.views, turns, args.seed, model.encoder, config.blocks, config.image_size)
+        wait()
+        sources.append(ViewCache(folder))
+    return sources
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def wait() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def write_state(path: Path, state: dict) -> None:
+    """Write beside, then rename; the one before is kept. A full disk costs this state, not the last one."""
+    part = path.with_suffix(".part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.is_file():
+            path.replace(path.with_suffix(".old"))
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        print(f"train: the state could not be written ({error}); training goes on", file=sys.stderr)
+
+
+def read_state(path: Path) -> dict | None:
+    """The last whole state, or the one before it."""
+    for candidate in (path, path.with_suffix(".old")):
+        if candidate.is_file():
+            try:
+                return torch.load(candidate, map_location="cpu", weights_only=True)
+            except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError) as error:
+                print(f"train: {candidate} is damaged ({str(error).splitlines()[0]}); trying the one before", file=sys.stderr)
+    return None
+
+
+@torch.inference_mode()
+def validate(model: icas.ICAS, caches: Sequence[ViewCache], pairs: int = 10, seed: int = 1) -> dict[str, float]:
+    """Mean IoU of the fused score and of the training-free baselines, pooled over `pairs` pairs of each label, in percent."""
+    counts: dict[tuple, np.ndarray] = {}
+    for cache in caches:
+        source = Pairs([cache], [1.0], set(), 1, seed)
+        for label, views in source.by_label[0].items():
+            rng = np.random.default_rng([seed, zlib.crc32(label.encode())])
+            for _ in range(pairs):
+                a, b = rng.choice(views, 2, replace=False)
+                if cache.index[a]["group"] == cache.index[b]["group"]:
+                    continue
+                shown, target = cache.view(a), cache.view(b)
+                foreground = (shown.labels == shown.names[label]).float()
+                batch = collate([sides(shown, foreground, 1 - foreground) | {"target": target, "wanted": {target.names[label]}}], model)
+                prompt = icas.Prompt(model.tokens(batch.reference), model.neck(batch.reference).flatten(2).transpose(1, 2),
+                                     batch.foreground.flatten(1), batch.background.flatten(1), batch.moments)
+                odds, scores, _ = icas._log_odds(model, batch.target, prompt, None)
+                truth = batch.truths[0].masks[0] > 0.5
+                for name, found in (("icas", odds), ("nearest patch", scores.margin), ("prototype", scores.prototype)):
+                    both = np.array([int(((found[0] > 0) & truth).sum()), int(((found[0] > 0) | truth).sum())])
+                    counts[cache.name, label, name] = counts.get((cache.name, label, name), 0) + both
+    return {name: float(np.mean([100 * v[0] / max(1, v[1]) for k, v in counts.items() if k[2] == name]))
+            for name in ("icas", "nearest patch", "prototype")}
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    started = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
+    if started:
+        dist.init_process_group("nccl" if icas._device(args.device).type == "cuda" else "gloo")
     try:
         return run(args)
     except (ValueError, TypeError, FileNotFoundError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 2
+    finally:
+        if started:
+            dist.destroy_process_group()
 
 
 def run(args: argparse.Namespace) -> int:
     out, model = Path(args.out), start_model(args)
-    out.mkdir(parents=True, exist_ok=True)
-    caches = open_caches(args, model, args.data)
-    anomaly = {c.name for c in caches} if args.stage == "anomaly" else set()
-    if args.synthetic:
-        folder = Path(args.cache or out / "views") / "synthetic"
-        if not folder.is_dir():
-            build_synthetic(folder, [Path(m) for m in args.data], args.synthetic, 3, args.seed, model.encoder, model.config.blocks, model.config.image_size)
-        caches.append(ViewCache(folder))
-        anomaly.add("synthetic")
-    weights = args.weights or [1.0] * len(caches)
-    if len(weights) != len(caches):
-        raise ValueError(f"--weights: expected {len(caches)} numbers, one for each of {[c.name for c in caches]}, got {len(weights)}")
-    pairs = Pairs(caches, weights, anomaly, args.batch_size, args.seed)
-    empty = [c.name for c, table in zip(caches, pairs.by_label) if not table]
+    if (args.held_out or args.validate) and not args.cache:
+        raise ValueError("--held-out, --validate: they are measured on cached views; pass --cache DIR")
+    both = {Path(m).resolve() for m in args.data} & {Path(m).resolve() for m in (*args.held_out, *args.validate)}
+    if both:
+        raise ValueError(f"--held-out, --validate: {sorted(map(str, both))[0]} is trained on too")
+    turns, config = args.stage == "anomaly", model.config
+    sources = open_sources(args, model, args.data, turns, bool(args.cache))
+    if args.synthetic and args.cache:
+        folder = Path(args.cache) / "synthetic"
+        if rank() == 0 and not folder.is_dir():
+            build_synthetic(folder, [Path(m) for m in args.data], args.synthetic, 3 * args.views, args.seed, model.encoder, config.blocks,
+                            config.image_size)
+        wait()
+        sources.append(ViewCache(folder))
+    elif args.synthetic:
+        sources.append(FreshSynthetic(args.data, args.synthetic, args.seed, config.image_size, config.patch_size))
+    weights = args.weights or [1.0] * len(sources)
+    if len(weights) != len(sources):
+        raise ValueError(f"--weights: expected {len(sources)} numbers, one for each of {[c.name for c in sources]}, got {len(weights)}")
+    pairs = Pairs(sources, weights, {c.name for c in sources} if turns else set(), args.batch_size, args.seed, args.hide_features, args.accumulate,
+                  model, args.workers)
+    empty = [c.name for c, table in zip(sources, pairs.by_label) if not table]
     if empty:
-        raise ValueError(f"--data: no label is in two views of {empty}; raise --views or leave them out")
+        raise ValueError(f"--data: no label is in two images of {empty}; raise --views or leave them out")
     steps = args.steps or {"generic": 50_000, "anomaly": 5_000}[args.stage]
-    print(f"{args.stage}: {steps} steps of {args.batch_size} pairs from " + ", ".join(f"{c.name} {len(c.index)}" for c in caches), file=sys.stderr)
+    if rank() == 0:
+        describe(args, model, pairs, steps)
+    if args.dry_run:
+        return 0
+    out.mkdir(parents=True, exist_ok=True)
+    held = [open_sources(args, model, m, False, True) for m in (args.held_out, args.validate)]
     model.decoder.requires_grad_(True)
-    start, recent = time.time(), []
-    with open(out / "log.jsonl", "a") as log:
-        def report(step: int, parts: dict, optimizer: torch.optim.Optimizer) -> None:
-            recent.append(parts)
-            if (step + 1) % args.log_every and step + 1 != steps:
-                return
+    optimizer, begin, best = icas.make_optimizer(model.decoder, args.lr, 0.05), 0, -1.0
+    state = read_state(out / "state.pt")
+    if state:
+        same = {k: v for k, v in vars(args).items() if k not in ("out", "workers", "log_every", "save_minutes", "dry_run", "device")}
+        if state["arguments"] != json.dumps(same, default=str):
+            raise ValueError(f"{out / 'state.pt'}: belongs to a run with other arguments; give another --out, or the same arguments")
+        model.decoder.load_state_dict(state["decoder"])
+        optimizer.load_state_dict(state["optimizer"])
+        begin, best = state["step"], state["best"]
+        print(f"resumed at step {begin}", file=sys.stderr)
+    fixed = json.dumps({k: v for k, v in vars(args).items() if k not in ("out", "workers", "log_every", "save_minutes", "dry_run", "device")}, default=str)
+    clock, recent, saved = time.time(), [], time.time()
+
+    def report(step: int, parts: dict, optimizer: torch.optim.Optimizer) -> None:
+        nonlocal clock, saved, best
+        done = step + 1
+        recent.append(parts)
+        if args.validate and (done % args.validate_every == 0 or done == steps):
+            model.decoder.eval()
+            found = validate(model, held[1])
+            model.decoder.train()
+            if rank() == 0:
+                print(f"step {done:>6}/{steps} | mean IoU " + ", ".join(f"{k} {v:.1f}" for k, v in found.items()), file=sys.stderr)
+                write_log(out, {"step": done, "validation": found})
+                if found["icas"] > best:
+                    icas.save(model, out / "best.safetensors", {"arguments": vars(args), "step": done, "validation": found})
+            best = max(best, found["icas"])
+        if rank() == 0 and (done % args.log_every == 0 or done == steps):
             mean = {k: float(np.mean([p[k] for p in recent])) for k in parts}
+            seconds = (time.time() - clock) / len(recent)
+            share, left = pairs.waited / (seconds * len(recent)), seconds * (steps - done)
+            print(f"step {done:>6}/{steps} | loss {mean['loss']:.3f} (" + " ".join(f"{k} {v:.2f}" for k, v in mean.items() if k != "loss")
+                  + f") | lr {optimizer.param_groups[0]['lr']:.1e} | {1000 * seconds:.0f} ms, loader {100 * share:.0f} % | "
+                  f"{2 * args.batch_size / seconds:.1f} images/s | {left / 60:.0f} min left", file=sys.stderr)
+            write_log(out, {"step": done, "seconds_a_step": seconds, "loader_share": share, "lr": optimizer.param_groups[0]["lr"]} | mean)
             recent.clear()
-            rate = (time.time() - start) / (step + 1)
-            print(f"step {step + 1:>6}/{steps} | loss {mean['loss']:.3f} (" + " ".join(f"{k} {v:.2f}" for k, v in mean.items() if k != "loss")
-                  + f") | lr {optimizer.param_groups[0]['lr']:.1e} | {1000 * rate:.0f} ms | {args.batch_size / rate:.1f} pairs/s", file=sys.stderr)
-            log.write(json.dumps({"step": step + 1, "seconds": time.time() - start} | mean) + "\n")
-            log.flush()
-        icas.fit(model, pairs, steps=steps, lr=args.lr, hide_features=args.hide_features, seed=args.seed, callback=report)
+            clock, pairs.waited = time.time(), 0.0
+        if rank() == 0 and time.time() - saved > 60 * args.save_minutes and done < steps:
+            write_state(out / "state.pt", {"decoder": model.decoder.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "best": best,
+                                           "arguments": fixed})
+            saved = time.time()
+    icas.fit(model, pairs, steps=steps, lr=args.lr, seed=args.seed, start=begin, optimizer=optimizer, callback=report)
+    if rank():
+        return 0
     if args.held_out:
-        model.fusion_marked = learn_fusion(model, open_caches(args, model, args.held_out), 25, args.seed)
-    icas.save(model, out / "last.safetensors", {"arguments": vars(args), "seconds": round(time.time() - start)})
+        model.fusion_marked = learn_fusion(model, held[0], 25, args.seed).to(model.device)
+    icas.save(model, out / "last.safetensors", {"arguments": vars(args)})
+    for name in ("state.pt", "state.old"):
+        (out / name).unlink(missing_ok=True)
     print(out / "last.safetensors")
     return 0
+
+
+def write_log(out: Path, line: dict) -> None:
+    with open(out / "log.jsonl", "a") as log:
+        log.write(json.dumps(line) + "\n")
+
+
+def describe(args: argparse.Namespace, model: icas.ICAS, pairs: Pairs, steps: int) -> None:
+    """The resolved recipe, the data, and how much memory a step takes about."""
+    count = sum(p.numel() for p in model.decoder.parameters())
+    tokens = (model.config.image_size // model.config.patch_size) ** 2
+    # weights, gradients and two moments; per pair: features, relation maps, pixel maps of every layer's masks, in float32
+    memory = 16 * count + 4 * args.batch_size // args.accumulate * tokens * (
+        2 * len(model.config.blocks) * 384 + 16 * (model.config.pixel_dim + 4 * model.config.relation_dim) + 4 * model.config.queries * model.config.layers)
+    print(f"{args.stage}: {steps} steps of {args.batch_size} pairs, AdamW {args.lr:g} with 100 steps of warm-up and linear decay, "
+          f"{count / 1e6:.1f} M parameters on {model.device}, {'bf16' if icas.fast_bf16(model.device) else 'float32'}, "
+          f"about {memory / 2 ** 30:.1f} GiB a rank beside the encoder", file=sys.stderr)
+    for source, table, weight in zip(pairs.sources, pairs.by_label, pairs.weights):
+        many = sorted(table.items(), key=lambda item: -len(item[1]))
+        print(f"  {source.name}: {100 * weight:.0f} % of pairs, {len(source.index)} {'views' if cached(source) else 'images'}, {len(table)} labels ("
+              + ", ".join(f"{len(v)} {k}" for k, v in many[:6]) + (", ..." if len(many) > 6 else "") + ")", file=sys.stderr)
 
 
 if __name__ == "__main__":
