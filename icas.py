@@ -736,7 +736,7 @@ def objective(decoder: Decoder, decoded: Decoded, marked: Tensor, truths: Sequen
             rows, columns = match(probs[:, i], masks[i].detach(), truth.classes, sampled[i])
             wanted[i, rows] = truth.classes[columns]
             parts["mask"] = parts["mask"] + mask_loss(masks[i, rows], sampled[i][columns]).sum() / total[0]
-        for name, logit, counts, whole in (("target", logits[0], marked, total[1]), ("other", logits[1], torch.ones_like(marked), total[2])):
+        for name, logit, counts, whole in zip(("target", "other"), logits, (marked, torch.ones_like(marked)), total[1:3]):
             each = F.cross_entropy(logit.flatten(0, 1), wanted.flatten(), no_object, reduction="none").view(wanted.shape)
             parts[name] = parts[name] + 2 * (each * counts[:, None]).sum() / whole
     if decoder.config.correspondence:

@@ -85,7 +85,7 @@ def read_manifest(path: str | Path, split: str | None = None, limit: int | None 
 
 
 def read_record(record: dict) -> tuple[Tensor, Tensor]:
-    """image (3, H, W) float in [0, 1], label map (H, W) uint8; zeros where the record has no mask, 1 for every mark with "*" (data_prep)."""
+    """image (3, H, W) float in [0, 1], label map (H, W) uint8: zeros without a mask, 1 for every mark of a "*" label (data_prep)."""
     image = icas.to_rgb(record["image"]).permute(2, 0, 1).float() / 255
     if "mask" not in record:
         labels = np.zeros(image.shape[1:], np.uint8)
@@ -194,7 +194,8 @@ class SyntheticDefect:
                  "missing": (.06, .35), "texture": (.08, .45), "speckle": (.1, .4), "smear": (.1, .5),
                  "pit": (.01, .05), "scuff": (.15, .8)}[kind]
         return cls(kind, float(np.exp(rng.uniform(*np.log(small)))), float(np.exp(rng.uniform(np.log(.003), np.log(.025)))), tint,
-                   rng.uniform(0.35, 1), rng.uniform(0, 0.006), int(rng.integers(1, 6)), int(rng.integers(1 << 30)), bool(rng.random() < 0.4))
+                   rng.uniform(0.35, 1), rng.uniform(0, 0.006), int(rng.integers(1, 6)), int(rng.integers(1 << 30)),
+                   bool(rng.random() < 0.4))
 
     def paint(self, image: Tensor, foreign: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Damage image (3, S, S) in [0, 1]; `foreign` is another one. returns the image and its bool mask (S, S)."""
@@ -367,7 +368,8 @@ def choose(manifest: Path, count: int, good: int, seed: int) -> list[dict]:
     """Up to `count` marked images of a manifest, and `good` unmarked ones (0: all), sorted; of very long manifests a sample."""
     records = read_manifest(manifest, limit=100_000)
     rng, chosen = np.random.default_rng([seed, sum(map(ord, records[0]["set"]))]), []
-    for part, number in (([r for r in records if "mask" in r], count), ([r for r in records if "mask" not in r and not r.get("anomalous")], good)):
+    marked, plain = [r for r in records if "mask" in r], [r for r in records if "mask" not in r and not r.get("anomalous")]
+    for part, number in ((marked, count), (plain, good)):
         chosen += [part[i] for i in sorted(rng.permutation(len(part))[:number or len(part)])]
     return chosen
 
@@ -447,7 +449,8 @@ class Pairs:
         label = list(table)[rng.choice(len(table), p=counts / counts.sum())]
         target = int(rng.choice(table[label]))
         group, image = source.index[target]["group"], source.index[target]["image"]
-        alike = [i for i in table[label] if source.index[i]["image"] == image and image != "synthetic" and (i != target or not cached(source))]
+        alike = [i for i in table[label] if source.index[i]["image"] == image and image != "synthetic"]
+        alike = [i for i in alike if i != target or not cached(source)]  # a fresh view of the same image is another view
         other = [i for i in table[label] if source.index[i]["group"] != group]
         pool = alike if alike and (not other or rng.random() < 0.35) else other
         reference = int(rng.choice(pool)) if pool else target
@@ -512,11 +515,20 @@ def collate(pairs: list[dict], model: icas.ICAS | None = None) -> icas.Batch:
     size = 4 * maps.shape[-1]
     truths = [segments(p["target"].labels, p["wanted"], size) for p in pairs]
     return icas.Batch(icas.Features(maps[:len(pairs)], torch.stack([v.small for v in views[:len(pairs)]]).to(device)), maps[len(pairs):],
-                      stack("foreground"), stack("background"), stack("moments"), torch.tensor([p.get("hidden", 0.0) for p in pairs], device=device),
-                      [icas.Truths(*(x.to(device) for x in t)) for t in truths])
+                      stack("foreground"), stack("background"), stack("moments"),
+                      torch.tensor([p.get("hidden", 0.0) for p in pairs], device=device), [icas.Truths(*(x.to(device) for x in t)) for t in truths])
 
 
 # ---- Fusion (R18) ----------------------------------------------------------------------------------------------------
+
+
+def held_pair(model: icas.ICAS, cache: ViewCache, label: str, a: int, b: int) -> tuple[icas.Batch, icas.Prompt]:
+    """View a as the marked prompt of one label, view b as the target."""
+    shown, target = cache.view(a), cache.view(b)
+    foreground = (shown.labels == shown.names[label]).float()
+    batch = collate([sides(shown, foreground, 1 - foreground) | {"target": target, "wanted": {target.names[label]}}], model)
+    neck = model.neck(batch.reference).flatten(2).transpose(1, 2)
+    return batch, icas.Prompt(model.tokens(batch.reference), neck, batch.foreground.flatten(1), batch.background.flatten(1), batch.moments)
 
 
 def learn_fusion(model: icas.ICAS, caches: list[ViewCache], pairs: int, seed: int = 0) -> Tensor:
@@ -534,12 +546,8 @@ def learn_fusion(model: icas.ICAS, caches: list[ViewCache], pairs: int, seed: in
                 a, b = rng.choice(views, 2, replace=False)
                 if cache.index[a]["group"] == cache.index[b]["group"]:
                     continue
-                shown, target = cache.view(a), cache.view(b)
-                foreground = (shown.labels == shown.names[label]).float()
-                batch = collate([sides(shown, foreground, 1 - foreground) | {"target": target, "wanted": {target.names[label]}}], model)
                 with torch.no_grad():
-                    prompt = icas.Prompt(model.tokens(batch.reference), model.neck(batch.reference).flatten(2).transpose(1, 2),
-                                         batch.foreground.flatten(1), batch.background.flatten(1), batch.moments)
+                    batch, prompt = held_pair(model, cache, label, a, b)
                     terms.append(icas.evidence(icas._log_odds(model, batch.target, prompt, None)[1], True)[0, :, ::2, ::2].flatten(1))
                 truths.append(batch.truths[0].masks[0][::2, ::2].flatten())
                 owner.append(len(names) - 1)
@@ -583,25 +591,26 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, help="folder for last.safetensors, log.jsonl and (by default) the views")
     group = parser.add_argument_group("data")
     group.add_argument("--data", nargs="+", required=True, help="manifests, or folders that hold one")
-    group.add_argument("--weights", nargs="+", type=float, help="how often each manifest is drawn from, then the synthetic defects (default 1)")
+    group.add_argument("--weights", nargs="+", type=float, help="how often each manifest is drawn from, then the synthetic (default 1)")
     group.add_argument("--images", type=int, default=0, help="marked images of each manifest at most (default 0: all)")
     group.add_argument("--good", type=int, default=0, help="unmarked images of each manifest at most (default 0: all)")
     group.add_argument("--synthetic", type=int, default=0, metavar="KINDS", help="kinds of synthetic defect (default 0: none)")
     group.add_argument("--cache", help="folder that keeps encoded views, so that a CPU can train; without it each draw is a new view")
-    group.add_argument("--views", type=int, default=1, help="with --cache: views of each image, and three times as many of a kind (default 1)")
+    group.add_argument("--views", type=int, default=1, help="with --cache: views an image, three times as many a kind (default 1)")
     group.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that read and augment")
-    group.add_argument("--held-out", nargs="*", default=[], help="manifests that are not trained on: the score fusion is learned there (--cache)")
-    group.add_argument("--validate", nargs="*", default=[], help="manifests that are not trained on: mean IoU is measured there (--cache)")
+    group.add_argument("--held-out", nargs="*", default=[], help="manifests not trained on: the fusion is learned there (--cache)")
+    group.add_argument("--validate", nargs="*", default=[], help="manifests not trained on: mean IoU is measured there (--cache)")
     group.add_argument("--validate-every", type=int, default=500, help="steps between validations; the best is kept (default 500)")
     group = parser.add_argument_group("model (ignored with --init)")
     group.add_argument("--init", help="checkpoint to start from")
-    group.add_argument("--encoder", default="checkpoints/dinov2-vits14.safetensors", help="encoder weights, any layout that icas.convert reads")
+    group.add_argument("--encoder", default="checkpoints/dinov2-vits14.safetensors", help="weights, any layout of icas.convert")
     paper = icas.Config()
     group.add_argument("--encoder-name", default=paper.encoder, help="vits14, vitb14, vitl14, vitg14, each also with -reg (default vits14)")
     group.add_argument("--image-size", type=int, default=paper.image_size, help="pixels, a multiple of 14 (default 518)")
-    group.add_argument("--blocks", type=int, nargs="*", default=[], help="tapped encoder blocks from 1 (default: two thirds of the depth, last)")
+    group.add_argument("--blocks", type=int, nargs="*", default=[], help="tapped blocks, from 1 (default: two thirds of the depth, last)")
     for name in ("queries", "dim", "layers", "ffn_dim", "pixel_dim"):
-        group.add_argument("--" + name.replace("_", "-"), type=int, default=getattr(paper, name), help=f"see icas.Config (default {getattr(paper, name)})")
+        default = getattr(paper, name)
+        group.add_argument("--" + name.replace("_", "-"), type=int, default=default, help=f"see icas.Config (default {default})")
     group = parser.add_argument_group("recipe (defaults: METHOD R16)")
     group.add_argument("--steps", type=int, help="optimizer steps (default 50000 generic, 5000 anomaly)")
     group.add_argument("--batch-size", type=int, default=32, help="pairs a step (default 32)")
@@ -624,8 +633,8 @@ def start_model(args: argparse.Namespace) -> icas.ICAS:
         model = icas.load(args.init, encoder=args.encoder, device=device).requires_grad_(False)
     else:
         torch.manual_seed(args.seed)
-        model = icas.ICAS(icas.Config(encoder=args.encoder_name, image_size=args.image_size, blocks=tuple(args.blocks), queries=args.queries,
-                                      dim=args.dim, layers=args.layers, ffn_dim=args.ffn_dim, pixel_dim=args.pixel_dim))
+        model = icas.ICAS(icas.Config(args.encoder_name, args.image_size, blocks=tuple(args.blocks), queries=args.queries, dim=args.dim,
+                                      layers=args.layers, ffn_dim=args.ffn_dim, pixel_dim=args.pixel_dim))
         model.encoder.load_state_dict(icas.load_encoder(args.encoder))
         model.encoder_sha256 = icas._sha256(args.encoder)
         model = model.to(device).requires_grad_(False)
@@ -700,11 +709,7 @@ def validate(model: icas.ICAS, caches: Sequence[ViewCache], pairs: int = 10, see
                 a, b = rng.choice(views, 2, replace=False)
                 if cache.index[a]["group"] == cache.index[b]["group"]:
                     continue
-                shown, target = cache.view(a), cache.view(b)
-                foreground = (shown.labels == shown.names[label]).float()
-                batch = collate([sides(shown, foreground, 1 - foreground) | {"target": target, "wanted": {target.names[label]}}], model)
-                prompt = icas.Prompt(model.tokens(batch.reference), model.neck(batch.reference).flatten(2).transpose(1, 2),
-                                     batch.foreground.flatten(1), batch.background.flatten(1), batch.moments)
+                batch, prompt = held_pair(model, cache, label, a, b)
                 odds, scores, _ = icas._log_odds(model, batch.target, prompt, None)
                 truth = batch.truths[0].masks[0] > 0.5
                 for name, found in (("icas", odds), ("nearest patch", scores.margin), ("prototype", scores.prototype)):
@@ -750,8 +755,8 @@ def run(args: argparse.Namespace) -> int:
     weights = args.weights or [1.0] * len(sources)
     if len(weights) != len(sources):
         raise ValueError(f"--weights: expected {len(sources)} numbers, one for each of {[c.name for c in sources]}, got {len(weights)}")
-    pairs = Pairs(sources, weights, {c.name for c in sources} if turns else set(), args.batch_size, args.seed, args.hide_features, args.accumulate,
-                  model, args.workers)
+    pairs = Pairs(sources, weights, {c.name for c in sources} if turns else set(), args.batch_size, args.seed, args.hide_features,
+                  args.accumulate, model, args.workers)
     empty = [c.name for c, table in zip(sources, pairs.by_label) if not table]
     if empty:
         raise ValueError(f"--data: no label is in two images of {empty}; raise --views or leave them out")
@@ -764,16 +769,16 @@ def run(args: argparse.Namespace) -> int:
     held = [open_sources(args, model, m, False, True) for m in (args.held_out, args.validate)]
     model.decoder.requires_grad_(True)
     optimizer, begin, best = icas.make_optimizer(model.decoder, args.lr, 0.05), 0, -1.0
+    free = ("out", "workers", "log_every", "save_minutes", "dry_run", "device")   # these change no weight
+    fixed = json.dumps({k: v for k, v in vars(args).items() if k not in free})
     state = read_state(out / "state.pt")
     if state:
-        same = {k: v for k, v in vars(args).items() if k not in ("out", "workers", "log_every", "save_minutes", "dry_run", "device")}
-        if state["arguments"] != json.dumps(same, default=str):
+        if state["arguments"] != fixed:
             raise ValueError(f"{out / 'state.pt'}: belongs to a run with other arguments; give another --out, or the same arguments")
         model.decoder.load_state_dict(state["decoder"])
         optimizer.load_state_dict(state["optimizer"])
         begin, best = state["step"], state["best"]
         print(f"resumed at step {begin}", file=sys.stderr)
-    fixed = json.dumps({k: v for k, v in vars(args).items() if k not in ("out", "workers", "log_every", "save_minutes", "dry_run", "device")}, default=str)
     clock, recent, saved = time.time(), [], time.time()
 
     def report(step: int, parts: dict, optimizer: torch.optim.Optimizer) -> None:
@@ -801,8 +806,8 @@ def run(args: argparse.Namespace) -> int:
             recent.clear()
             clock, pairs.waited = time.time(), 0.0
         if rank() == 0 and time.time() - saved > 60 * args.save_minutes and done < steps:
-            write_state(out / "state.pt", {"decoder": model.decoder.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "best": best,
-                                           "arguments": fixed})
+            write_state(out / "state.pt", {"decoder": model.decoder.state_dict(), "optimizer": optimizer.state_dict(), "step": done,
+                                           "best": best, "arguments": fixed})
             saved = time.time()
     icas.fit(model, pairs, steps=steps, lr=args.lr, seed=args.seed, start=begin, optimizer=optimizer, callback=report)
     if rank():
@@ -826,14 +831,16 @@ def describe(args: argparse.Namespace, model: icas.ICAS, pairs: Pairs, steps: in
     count = sum(p.numel() for p in model.decoder.parameters())
     tokens = (model.config.image_size // model.config.patch_size) ** 2
     # weights, gradients and two moments; per pair: features, relation maps, pixel maps of every layer's masks, in float32
-    memory = 16 * count + 4 * args.batch_size // args.accumulate * tokens * (
-        2 * len(model.config.blocks) * 384 + 16 * (model.config.pixel_dim + 4 * model.config.relation_dim) + 4 * model.config.queries * model.config.layers)
+    config = model.config
+    numbers = 768 * len(config.blocks) + 16 * (config.pixel_dim + 4 * config.relation_dim) + 4 * config.queries * config.layers
+    memory = 16 * count + 4 * args.batch_size // args.accumulate * tokens * numbers
     print(f"{args.stage}: {steps} steps of {args.batch_size} pairs, AdamW {args.lr:g} with 100 steps of warm-up and linear decay, "
           f"{count / 1e6:.1f} M parameters on {model.device}, {'bf16' if icas.fast_bf16(model.device) else 'float32'}, "
           f"about {memory / 2 ** 30:.1f} GiB a rank beside the encoder", file=sys.stderr)
     for source, table, weight in zip(pairs.sources, pairs.by_label, pairs.weights):
         many = sorted(table.items(), key=lambda item: -len(item[1]))
-        print(f"  {source.name}: {100 * weight:.0f} % of pairs, {len(source.index)} {'views' if cached(source) else 'images'}, {len(table)} labels ("
+        unit = "views" if cached(source) else "images"
+        print(f"  {source.name}: {100 * weight:.0f} % of pairs, {len(source.index)} {unit}, {len(table)} labels ("
               + ", ".join(f"{len(v)} {k}" for k, v in many[:6]) + (", ..." if len(many) > 6 else "") + ")", file=sys.stderr)
 
 
