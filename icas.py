@@ -1765,6 +1765,7 @@ def save(model: ICAS, path: str | os.PathLike, training: dict | None = None) -> 
                                "encoder_sha256": model.encoder_sha256, "training": json.dumps(training or {})})
 
 
+@torch.inference_mode(False)  # its parameters must be ordinary tensors wherever it is called first
 def load(path: str | os.PathLike | None = None, *, encoder: str | os.PathLike | None = None, device: str | torch.device | None = None,
          compile: bool = False) -> ICAS:
     """A model in eval mode from a checkpoint; the shipped one by default. Never touches the network.
