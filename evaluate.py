@@ -856,7 +856,7 @@ def run(args: argparse.Namespace) -> int:
         check(plans[name], records)
     for name, records in categories.items():
         chosen = {k: v for k, v in vars(args).items() if k in ("mfm", "gqs", "queries", "debias", "plain_sum", "strips")}
-        key = json.dumps([args.task, plans[name], chosen, checkpoint, icas.__version__, icas._sha256(icas.__file__)], sort_keys=True)
+        key = json.dumps([args.task, plans[name], chosen, args.figures, checkpoint, icas.__version__, icas._sha256(icas.__file__)], sort_keys=True)
         part = out / "parts" / f"{args.task}-{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
         if part.is_file():
             kept = json.loads(part.read_text())

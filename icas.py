@@ -45,7 +45,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Config", "ICAS", "References", "Segmentation", "Detection", "segment", "detect", "encode", "fit", "load", "save",
            "convert", "to_rgb", "overlay"]
 
@@ -1455,9 +1455,13 @@ class Segmentation:
 
 @dataclass(frozen=True)
 class Detection:
-    """What `detect` says of one image. Scores are raw cosine distances, comparable between images and calls."""
-    score: float            # mean of the top 1 % of tokens, higher is more anomalous, in [0, 4]
-    map: np.ndarray         # (h, w) float32, the same units
+    """What `detect` says of one image.
+
+    The unit is the distance of an unseen good part's token from the good parts: 1 is as far as they are from each other, on average over
+    nearest-neighbour distance and subspace residual. Not clipped; comparable between images of one set of references.
+    """
+    score: float            # mean of the top 0.3 % of tokens, at least 0, higher is more anomalous
+    map: np.ndarray         # (h, w) float32, the same unit
     threshold: float        # from the references alone
     is_anomalous: bool      # score > threshold
 
@@ -1677,6 +1681,9 @@ def normal_threshold(scores: Sequence[float], false_positive_rate: float) -> flo
 def detect(images: Any, references: References | None = None, *, normals: Sequence = (), anomalies: Sequence = (),
            false_positive_rate: float = 0.01, batch_size: int = 4, model: ICAS | None = None) -> Detection | list[Detection]:
     """Say which images are anomalous, from a few good parts (few-shot detection, Sec. 3.4, R20).
+
+    Tokens of the middle blocks are compared with the good parts', by nearest neighbour and by the residual outside their subspace; of
+    the paper's scores S_s raises what a marked anomaly shows, S_n is left to `segment` (it added nothing here, see the CHANGELOG).
 
     images               as in `segment`. references, normals, anomalies: as in `encode`; at least one good part is needed.
     false_positive_rate  in (0, 1): share of good parts that may be called anomalous; sets `.threshold` from the references alone.

@@ -104,6 +104,8 @@ def read_record(record: dict) -> tuple[Tensor, Tensor]:
         x0, y0, x1, y1 = record["box"]
         if labels.shape == image.shape[1:]:
             image, labels = image[:, y0:y1, x0:x1], labels[y0:y1, x0:x1]
+    if "*" not in record.get("labels", {}) and labels.max(initial=0) > 255:
+        raise ValueError(f"{record.get('where', record['image'])}: mask has the value {labels.max()}; a label map has one byte a pixel")
     labels = torch.from_numpy((labels > 0).astype(np.uint8) if "*" in record.get("labels", {}) else labels.astype(np.uint8))
     if labels.shape != image.shape[1:]:
         raise ValueError(f"{record.get('where', record['image'])}: mask is {tuple(labels.shape)}, its image {tuple(image.shape[1:])}")

@@ -71,6 +71,7 @@ def write_manifest(records: Iterable[dict], out: Path) -> dict[str, int]:
     base, part = out.resolve(), out / "manifest.jsonl.part"
     counts: dict[str, int] = {}
     seen: dict[str, set] = {"categories": set(), "labels": set()}
+    before = None
     with open(part, "w", encoding="utf-8") as file:
         for record in records:
             paths = {k: os.path.relpath(record[k], base).replace(os.sep, "/") for k in ("image", "mask") if isinstance(record.get(k), str)}
@@ -80,6 +81,8 @@ def write_manifest(records: Iterable[dict], out: Path) -> dict[str, int]:
                         f"{record['split']} {'bad' if bad else 'good'}"):
                 if key:
                     counts[key] = counts.get(key, 0) + 1
+            counts["groups"] = counts.get("groups", 0) + (record["group"] != before)   # readers give a group's records one after another
+            before = record["group"]
             seen["categories"].add(record.get("category", ""))
             seen["labels"].update(record.get("labels", {}).values())
     if not counts:

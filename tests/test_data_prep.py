@@ -9,9 +9,10 @@ from PIL import Image
 
 import data_prep.__main__ as main
 from data_prep import common
-from train import named, read_manifest, read_record
+from train import FreshViews, choose, named, read_manifest, read_record
 
 coco = pytest.importorskip("pycocotools.mask")
+evaluate = pytest.importorskip("evaluate", reason="needs scikit-learn")
 RNG = np.random.default_rng(0)
 SPOT = (slice(4, 8), slice(6, 12))  # 24 pixels
 
@@ -191,6 +192,11 @@ def test_a_miniature_of_the_published_layout_becomes_records(name, tmp_path, cap
         image, found = read_record(record)
         if "mask" in record:  # every miniature marks the same 4 x 6 pixels, or 6 x 4 where slices are turned
             assert int((found > 0).sum()) == 24
+    found = [r for rows in evaluate.read_source(str(out)).values() for r in rows]    # both scripts take it
+    evaluate.look(found)
+    assert len({r["name"] for r in found}) == count and sum(bool(r["shows"]) for r in found) == masked
+    source = FreshViews(name, choose(out, 0, 0, 0), 28, 14, True)
+    assert sum(bool(names) for names in source.shown()) == masked and source.view(0, np.random.default_rng(0)).pixels.shape == (3, 28, 28)
     first = (out / "manifest.jsonl").read_text()
     assert str(tmp_path) not in first  # relative paths: the folder can move
     assert main.main([name, "--root", str(root), "--out", str(out), "--partial"]) == 0 and (out / "manifest.jsonl").read_text() == first
