@@ -1,32 +1,36 @@
 #!/usr/bin/env python3
 """Train the in-context decoder: the generic stage, then the anomaly stage (Sec. 3.3).
 
-    python train.py --stage generic --data DIR/voc/manifest.jsonl DIR/ccp/manifest.jsonl --out runs/generic
-    python train.py --stage anomaly --data DIR/leather/manifest.jsonl --init runs/generic/last.safetensors --out runs/anomaly
-    python train.py --stage anomaly --data ... --cache .cache/views --layers 3 --batch-size 8 --steps 3000   # on a CPU
+    python train.py --stage generic --data DIR/voc DIR/ccp --out runs/generic                     # one GPU, or slowly a CPU
+    torchrun --nproc-per-node 8 train.py --stage anomaly --data DIR/realiad --init runs/generic/last.safetensors --out runs/anomaly
+    python train.py --stage anomaly --data DIR/leather --cache .cache/views --layers 3 --batch-size 8 --steps 3000 --out runs/cpu
 
-With --cache the frozen encoder sees each augmented view once and its features are kept (fp16), so that a CPU can train.
-A manifest is one JSON record a line: {"image", "mask", "labels": {"value": "name"}, "split", "group"}, paths relative to it.
+Killed at any moment, the same command goes on. With --cache the frozen encoder sees each augmented view once and its features are kept
+(fp16), so that a CPU can train. --data takes manifests, or folders that hold one; the format is in data_prep/__init__.py.
 """
 from __future__ import annotations
 
 import argparse
+import datetime
+import hashlib
 import json
 import os
 import pickle
+import shutil
 import sys
 import time
-import zlib
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, NamedTuple, Sequence
+from typing import Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from scipy import ndimage
 from torch import Tensor
 from tqdm import tqdm
@@ -45,13 +49,13 @@ def manifest_lines(path: Path, limit: int | None) -> Iterator[tuple[str, str]]:
         if limit is None or size / length <= limit:
             file.seek(0)
             for number, line in enumerate(file, start=1):
-                yield f"{path}:{number}", line.decode("utf-8")
+                yield f"{path}:{number}", line.decode("utf-8", "replace")
             return
         for start in range(0, size, -(-size // limit)):
             file.seek(max(0, start - 1))
             file.readline()  # the rest of the line that `start` falls into
             if line := file.readline():
-                yield f"{path}, byte {start}", line.decode("utf-8")
+                yield f"{path}, byte {start}", line.decode("utf-8", "replace")
 
 
 def read_manifest(path: str | Path, split: str | None = None, limit: int | None = None) -> list[dict]:
@@ -72,6 +76,7 @@ def read_manifest(path: str | Path, split: str | None = None, limit: int | None 
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}: not a JSON record ({error})") from error
+        check_record(record, where)
         for key in ("image", "mask"):
             if isinstance(record.get(key), str):
                 record[key] = str(path.parent / record[key])
@@ -84,31 +89,72 @@ def read_manifest(path: str | Path, split: str | None = None, limit: int | None 
     return records
 
 
-def read_record(record: dict) -> tuple[Tensor, Tensor]:
-    """image (3, H, W) float in [0, 1], label map (H, W) uint8: zeros without a mask, 1 for every mark of a "*" label (data_prep)."""
-    image = icas.to_rgb(record["image"]).permute(2, 0, 1).float() / 255
+def check_record(record: object, where: str) -> None:
+    """Raise ValueError if a record lacks the form of a manifest's (data_prep)."""
+    if not isinstance(record, dict) or not isinstance(record.get("image"), str):
+        raise ValueError(f'{where}: expected a record with "image": PATH, got {str(record)[:80]}')
+    labels, mask = record.get("labels", {}), record.get("mask", "")
+    if not isinstance(labels, dict) or not all(isinstance(name, str) and (v == "*" or v.isdecimal() and int(v) < 256)
+                                               for v, name in labels.items()):
+        raise ValueError(f'{where}: labels: expected {{"VALUE": "NAME"}}, a value being "*" or 1 to 255, got {str(labels)[:80]}')
+    if not isinstance(mask, (str, dict)):
+        raise ValueError(f"{where}: mask: expected a path or {{VALUE: COCO RLE}}, got {str(mask)[:80]}; or none")
+
+
+def check_sizes(records: Sequence[dict], workers: int) -> None:
+    """Raise ValueError for the first record whose image or mask cannot be opened, or whose sizes differ. Reads headers only."""
+    def size(path: str, where: str) -> tuple[int, ...]:
+        try:
+            with Image.open(path) as image:
+                return image.size[::-1]
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{where}: {path!r} is not a readable image ({error})") from error
+
+    def check(record: dict) -> None:
+        where, mask = place(record), record.get("mask")
+        given = size(record["image"], where)
+        for other in [size(mask, where)] if isinstance(mask, str) else [tuple(code["size"]) for code in (mask or {}).values()]:
+            if other != given:
+                raise ValueError(f"{where}: mask is {other}, its image {given}")
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        list(pool.map(check, records))
+
+
+def place(record: dict) -> str:
+    return record.get("where", record["image"])
+
+
+def read_labels(record: dict) -> np.ndarray | None:
+    """(H, W) uint8 label map of the whole image, 1 for every mark of a "*" label; None without a mask."""
     if "mask" not in record:
-        labels = np.zeros(image.shape[1:], np.uint8)
-    elif isinstance(record["mask"], dict):
+        return None
+    if isinstance(record["mask"], dict):
         from pycocotools import mask as coco
-        labels = np.zeros(image.shape[1:], np.uint8)
+        labels = np.zeros(next(iter(record["mask"].values()))["size"], np.uint8)
         for value, code in record["mask"].items():
             part = coco.decode(code)
             if part.shape != labels.shape:
-                raise ValueError(f"{record.get('where', record['image'])}: mask {value!r} is {part.shape}, its image {labels.shape}")
-            labels[part > 0] = int(value)
-    else:
-        labels = np.array(Image.open(record["mask"]))
-        labels = labels.max(axis=-1) if labels.ndim == 3 else labels
+                raise ValueError(f"{place(record)}: mask {value!r} is {part.shape}, another {labels.shape}")
+            labels[part > 0] = 1 if value == "*" else int(value)
+        return labels
+    labels = np.array(icas._open_image(record["mask"], place(record)))
+    labels = labels.max(axis=-1) if labels.ndim == 3 else labels
+    if "*" in record.get("labels", {}):
+        return (labels > 0).astype(np.uint8)
+    if labels.max(initial=0) > 255:
+        raise ValueError(f"{place(record)}: mask has the value {labels.max()}; a label map has one byte a pixel")
+    return labels.astype(np.uint8)
+
+
+def read_record(record: dict) -> tuple[Tensor, Tensor]:
+    """image (3, H, W) float in [0, 1], label map (H, W) uint8: zeros without a mask, 1 for every mark of a "*" label (data_prep)."""
+    image, labels = icas.to_rgb(record["image"], place(record)).permute(2, 0, 1).float() / 255, read_labels(record)
+    labels = torch.zeros(image.shape[1:], dtype=torch.uint8) if labels is None else torch.from_numpy(labels)
+    if labels.shape != image.shape[1:]:
+        raise ValueError(f"{place(record)}: mask is {tuple(labels.shape)}, its image {tuple(image.shape[1:])}")
     if "box" in record:
         x0, y0, x1, y1 = record["box"]
-        if labels.shape == image.shape[1:]:
-            image, labels = image[:, y0:y1, x0:x1], labels[y0:y1, x0:x1]
-    if "*" not in record.get("labels", {}) and labels.max(initial=0) > 255:
-        raise ValueError(f"{record.get('where', record['image'])}: mask has the value {labels.max()}; a label map has one byte a pixel")
-    labels = torch.from_numpy((labels > 0).astype(np.uint8) if "*" in record.get("labels", {}) else labels.astype(np.uint8))
-    if labels.shape != image.shape[1:]:
-        raise ValueError(f"{record.get('where', record['image'])}: mask is {tuple(labels.shape)}, its image {tuple(image.shape[1:])}")
+        image, labels = image[:, y0:y1, x0:x1], labels[y0:y1, x0:x1]
     return image, labels
 
 
@@ -256,74 +302,110 @@ class SyntheticDefect:
         return radius + ragged < 1
 
 
-# ---- Cached views ----------------------------------------------------------------------------------------------------
+# ---- Views of a source: fresh, or encoded once and kept ---------------------------------------------------------------
 
 
 class View(NamedTuple):
     """One augmented image: its features, or the pixels they are still to be made from."""
     features: np.ndarray | None   # (B, D, H0, W0) float16
     pixels: Tensor | None         # (3, S, S) in [0, 1]
-    small: Tensor                 # (3, 8 H0, 8 W0) in [0, 1]
+    small: Tensor                 # (3, 8 H0, 8 W0) in [0, 1], 8 bits deep
     labels: Tensor                # (S, S) uint8
     names: dict[str, int]         # label -> value that is present
 
 
-class FreshViews:
-    """Images of a manifest, augmented anew at every draw and encoded with the batch: no cache. One entry an image."""
+def finish(pixels: Tensor, labels: Tensor, names: dict[str, str], grid: int) -> View:
+    small = F.interpolate(pixels[None], size=(8 * grid, 8 * grid), mode="bilinear", antialias=True)[0]
+    return View(None, pixels, (small * 255).round() / 255, labels, shown_names(names, labels.numpy()))
 
-    def __init__(self, name: str, records: list[dict], size: int, patch: int, turns: bool):
-        self.name, self.records, self.size, self.grid, self.turns = name, records, size, size // patch, turns
-        self.index = [{"names": named(r), "group": r["group"], "image": r["image"]} for r in records]
+
+def shown_names(names: dict[str, str], labels: np.ndarray | None) -> dict[str, int]:
+    """label -> value, of those that a label map shows."""
+    present = np.zeros(256, int) if labels is None else np.bincount(labels.ravel(), minlength=256)
+    return {n: int(v) for v, n in names.items() if present[int(v)]}
+
+
+class FreshViews:
+    """Images of a manifest, augmented on the fly and encoded with the batch.
+
+    views  0: one entry an image, and every draw of it is a new view; else so many entries an image, view j of image i a function of
+           (seed, i, j): what a ViewCache keeps.
+    """
+
+    def __init__(self, name: str, records: list[dict], size: int, patch: int, turns: bool, views: int = 0, seed: int = 0, workers: int = 1):
+        self.name, self.size, self.grid, self.turns, self.seed, self.workers = name, size, size // patch, turns, seed, workers
+        self.fixed, self.records = views > 0, [r for r in records for _ in range(max(1, views))]
+        self.index = [{"names": by_category(r), "group": r.get("group", r["image"]), "image": r["image"], "category": r.get("category", "")}
+                      for r in self.records]
+        self.recipe = {"views": views, "seed": seed, "records": digest([[Path(r["image"]).name, named(r), r.get("box")] for r in records])}
 
     def shown(self) -> list[dict[str, int]]:
-        """Entry -> {label: value} that its mask shows. Reads the masks, so that a bad one is reported before training; of more than
-        5,000 it believes the manifest."""
-        if len(self.records) > 5000:
-            return [{n: int(v) for v, n in named(r).items()} for r in self.records]
-        shown = []
-        for record in tqdm(self.records, desc=f"masks of {self.name}", leave=False, disable=not sys.stderr.isatty()):
-            present = set(np.unique(read_record(record)[1].numpy()).tolist()) if "mask" in record else set()
-            shown.append({n: int(v) for v, n in named(record).items() if int(v) in present})
-        return shown
+        """Entry -> {label: value} that it shows. Reads the masks; of more than 5,000 fresh images it believes the manifest."""
+        def show(i: int) -> dict[str, int]:
+            if self.fixed:
+                return self.view(i).names
+            labels, (x0, y0, x1, y1) = read_labels(self.records[i]), self.records[i].get("box", [None] * 4)
+            return shown_names(self.index[i]["names"], None if labels is None else labels[y0:y1, x0:x1])
+        if len(self.records) > 5000 and not self.fixed:
+            return [{n: int(v) for v, n in r["names"].items()} for r in self.index]
+        with ThreadPoolExecutor(max(1, self.workers)) as pool:
+            return list(tqdm(pool.map(show, range(len(self.records))), f"masks of {self.name}", len(self.records), leave=False,
+                             disable=not sys.stderr.isatty()))
 
-    def view(self, i: int, rng: np.random.Generator, label: str | None = None) -> View:
+    def view(self, i: int, rng: np.random.Generator | None = None, label: str | None = None) -> View:
+        """View i; a fresh one is drawn again, up to five times, until the label is in the picture."""
+        rng = np.random.default_rng([self.seed, i]) if self.fixed else rng
         image, labels = read_record(self.records[i])
-        value = {n: int(v) for v, n in named(self.records[i]).items()}.get(label, 0)
-        for _ in range(5):  # until the label is in the picture
-            pixels, marks = augment(image, labels, self.size, rng, self.turns)
-            if label is None or (marks == value).any():
+        for _ in range(5):
+            view = finish(*augment(image, labels, self.size, rng, self.turns), self.index[i]["names"], self.grid)
+            if self.fixed or label is None or label in view.names:
                 break
-        return finish(pixels, marks, self.index[i]["names"], self.grid)
+        return view
 
 
 class FreshSynthetic:
-    """Synthetic defects painted anew at every draw: the kinds of `build_synthetic`, without an end. Two entries a kind make its pairs."""
+    """Synthetic defects painted on the fly, on surfaces drawn from all manifests alike. `views` of 0: two entries a kind, every draw of
+    them new; else so many entries a kind, entry j of kind k a function of (seed, k, j)."""
 
-    def __init__(self, manifests: Sequence[str | Path], kinds: int, seed: int, size: int, patch: int):
-        self.name, self.kinds, self.seed, self.size, self.grid = "synthetic", kinds, seed, size, size // patch
-        self.pools = [read_manifest(m, limit=100_000) for m in manifests]
-        self.index = [{"names": {"1": f"kind {i // 2}"}, "group": str(i), "image": "synthetic"} for i in range(2 * kinds)]
+    def __init__(self, manifests: Sequence[str | Path], kinds: int, size: int, patch: int, views: int = 0, seed: int = 0):
+        self.name, self.seed, self.size, self.grid, self.fixed, self.entries = "synthetic", seed, size, size // patch, views > 0, views or 2
+        self.pools = [[r for r in read_manifest(m, limit=100_000) if not r.get("anomalous")] for m in manifests]
+        defects = [SyntheticDefect.draw(np.random.default_rng([seed, k])) for k in range(kinds)]
+        self.index = [{"names": {"1": f"{d.kind}_{k}"}, "group": f"{k}_{j}", "image": "synthetic"}
+                      for k, d in enumerate(defects) for j in range(self.entries)]
+        self.recipe = {"views": views, "seed": seed, "records": digest([kinds, [[Path(r["image"]).name for r in p] for p in self.pools]])}
 
     def shown(self) -> list[dict[str, int]]:
-        return [{f"kind {i // 2}": 1} for i in range(2 * self.kinds)]
+        if self.fixed:
+            return [self.view(i).names for i in range(len(self.index))]
+        return [{n: int(v) for v, n in record["names"].items()} for record in self.index]
 
-    def view(self, i: int, rng: np.random.Generator, label: str | None = None) -> View:
-        pixels, mask, _ = synthetic_view(self.pools, i // 2, rng, self.seed, self.size)
-        return finish(pixels, mask.byte(), {"1": f"kind {i // 2}"}, self.grid)
+    def view(self, i: int, rng: np.random.Generator | None = None, label: str | None = None) -> View:
+        kind, j = divmod(i, self.entries)
+        rng = np.random.default_rng([self.seed, kind, j]) if self.fixed else rng
+        pixels, mask = synthetic_view(self.pools, kind, rng, self.seed, self.size)
+        return finish(pixels, mask.byte(), self.index[i]["names"], self.grid)
 
 
-def finish(pixels: Tensor, labels: Tensor, names: dict[str, str], grid: int) -> View:
-    small = F.interpolate(pixels[None], size=(8 * grid, 8 * grid), mode="bilinear", antialias=True)[0]
-    present = set(np.unique(labels.numpy()).tolist())
-    return View(None, pixels, small, labels, {n: int(v) for v, n in names.items() if int(v) in present})
+def synthetic_view(pools: list[list[dict]], kind: int, rng: np.random.Generator, seed: int, size: int) -> tuple[Tensor, Tensor]:
+    """(3, S, S) image with a new defect of a kind, its bool mask. Even kinds stay on one data set, as real ones do."""
+    defect = SyntheticDefect.draw(np.random.default_rng([seed, kind]))
+
+    def surface(rng: np.random.Generator, pool: list[dict]) -> Tensor:
+        return augment(*read_record(pool[rng.integers(len(pool))]), size, rng, True)[0]
+    home = np.random.default_rng([seed, kind, 99]) if kind % 2 == 0 else rng
+    base = surface(rng, pools[home.integers(len(pools))])
+    foreign = np.random.default_rng(defect.texture)
+    return defect.paint(base, surface(foreign, pools[foreign.integers(len(pools))]), rng)
 
 
 class ViewCache:
-    """Augmented views of one source with the frozen encoder's features, kept on disk as three arrays and an index.
+    """Views of one source with the frozen encoder's features, kept on disk as three arrays and an index.
 
     features  (V, B, D, H0, W0) float16, the tapped blocks; images (V, 3, 8 H0, 8 W0) uint8; labels (V, S, S) uint8.
-    index     one record a view: {"names": {value: label}, "group", "image"}.
+    index     one record a view: {"names": {value: label}, "group", "image", "category"}.
     """
+    fixed, CHUNK = True, 16
 
     def __init__(self, folder: Path):
         self.name = folder.name
@@ -332,41 +414,82 @@ class ViewCache:
 
     def shown(self) -> list[dict[str, int]]:
         """View -> {label: value} that it shows."""
-        present = [set(np.unique(labels).tolist()) for labels in self.labels]
-        return [{n: int(v) for v, n in record["names"].items() if int(v) in here} for record, here in zip(self.index, present)]
+        return [shown_names(record["names"], labels) for record, labels in zip(self.index, self.labels)]
 
     def view(self, i: int, rng: np.random.Generator | None = None, label: str | None = None) -> View:
-        labels = torch.from_numpy(self.labels[i].copy())
-        present = set(np.unique(self.labels[i]).tolist())
-        names = {n: int(v) for v, n in self.index[i]["names"].items() if int(v) in present}
-        return View(self.features[i], None, torch.from_numpy(self.images[i].copy()) / 255, labels, names)
+        labels = self.labels[i].copy()
+        return View(self.features[i], None, torch.from_numpy(self.images[i].copy()) / 255, torch.from_numpy(labels),
+                    shown_names(self.index[i]["names"], labels))
+
+    @classmethod
+    def open(cls, folder: Path, source: FreshViews | FreshSynthetic, model: icas.ICAS, workers: int) -> "ViewCache":
+        """The cache of a source, built by rank 0 if it is not there yet."""
+        if rank() == 0 and not folder.is_dir():
+            cls.build(folder, source, model, workers)
+        wait()
+        cache, (_, wanted) = cls(folder), cls.layout(source, model)
+        for name, (_, shape) in wanted.items():
+            if getattr(cache, name).shape[1:] != shape:
+                raise ValueError(f"{folder}: holds {name} of shape {getattr(cache, name).shape[1:]}, this model needs {shape}; "
+                                 "give another --cache")
+        known, recipe = folder / "recipe.json", cls.recipe(source, model)
+        if known.is_file() and (found := json.loads(known.read_text())) != recipe:
+            other = [f"{k} {found.get(k)} for {v}" for k, v in recipe.items() if found.get(k) != v]
+            raise ValueError(f"{folder}: was made otherwise ({', '.join(other)}); give another --cache, or delete it")
+        return cache
 
     @staticmethod
-    def build(folder: Path, views: int, make, encoder: icas.Encoder, blocks: tuple[int, ...], size: int) -> None:
-        """`make(i)` gives (image (3, S, S), labels (S, S), index record) of view i. Written whole or not at all."""
-        part = folder.with_suffix(".part")
-        part.mkdir(parents=True, exist_ok=True)
-        grid, dim = size // encoder.patch_size, encoder.cls_token.shape[-1]
-        arrays = {name: np.lib.format.open_memmap(part / f"{name}.npy", "w+", dtype, (views, *shape)) for name, dtype, shape in (
-            ("features", np.float16, (len(blocks), dim, grid, grid)), ("images", np.uint8, (3, 8 * grid, 8 * grid)),
-            ("labels", np.uint8, (size, size)))}
-        index = []
-        for i in tqdm(range(views), desc=folder.name, disable=not sys.stderr.isatty()):
-            image, labels, record = make(i)
-            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=icas.fast_bf16("cpu")):
-                maps = encoder(image[None], blocks)
-            arrays["features"][i] = torch.cat(maps).half().numpy()
-            small = F.interpolate(image[None], size=(8 * grid, 8 * grid), mode="bilinear", antialias=True)[0]
-            arrays["images"][i] = (small * 255).round().byte().numpy()
-            arrays["labels"][i] = labels.numpy()
-            index.append(record)
-        for array in arrays.values():
+    def recipe(source: FreshViews | FreshSynthetic, model: icas.ICAS) -> dict:
+        return source.recipe | {"encoder": model.encoder_sha256, "blocks": list(model.config.blocks), "size": source.size}
+
+    @staticmethod
+    def layout(source: FreshViews | FreshSynthetic, model: icas.ICAS) -> tuple[int, dict[str, tuple]]:
+        """Number of views; array -> its type and the shape of a view."""
+        grid, dim, blocks = source.grid, model.encoder.cls_token.shape[-1], len(model.config.blocks)
+        return len(source.index), {"features": (np.float16, (blocks, dim, grid, grid)), "images": (np.uint8, (3, 8 * grid, 8 * grid)),
+                                   "labels": (np.uint8, (source.size, source.size))}
+
+    @classmethod
+    def build(cls, folder: Path, source: FreshViews | FreshSynthetic, model: icas.ICAS, workers: int) -> None:
+        """Encode every view, in chunks. Whole or not there; a build that was killed goes on with the chunk it was at."""
+        part, recipe, (views, arrays) = Path(f"{folder}.part"), cls.recipe(source, model), cls.layout(source, model)
+        if (part / "recipe.json").is_file() and (part / "recipe.json").read_text() == json.dumps(recipe):
+            index = icas._json_lines(part / "index.jsonl")
+            index = index[:len(index) // cls.CHUNK * cls.CHUNK]
+        else:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            need = views * sum(int(np.prod(shape)) * np.dtype(kind).itemsize for kind, shape in arrays.values())
+            if need > (free := shutil.disk_usage(part).free):  # a full disk under a memory map is a bus error
+                raise OSError(f"{folder}: {views} views take {need / 2 ** 30:.1f} GiB, {free / 2 ** 30:.1f} GiB are free; lower --views or "
+                              "--images")
+            index = []
+            for name, (kind, shape) in arrays.items():
+                np.lib.format.open_memmap(part / f"{name}.npy", "w+", kind, (views, *shape))
+            (part / "index.jsonl").touch()
+            (part / "recipe.json").write_text(json.dumps(recipe))
+        into = {name: np.load(part / f"{name}.npy", mmap_mode="r+") for name in arrays}
+        (part / "index.jsonl").write_text("".join(json.dumps(r) + "\n" for r in index))
+        bar = tqdm(total=views, initial=len(index), desc=folder.name, disable=not sys.stderr.isatty())
+        with ThreadPoolExecutor(max(1, workers)) as pool, open(part / "index.jsonl", "a") as lines, bar:
+            for i in range(len(index), views, cls.CHUNK):
+                some = slice(i, min(i + cls.CHUNK, views))
+                chunk = list(pool.map(source.view, range(some.start, some.stop)))
+                maps = model.describe(torch.stack([v.pixels for v in chunk]).to(model.device)).maps
+                into["features"][some] = maps.unflatten(1, arrays["features"][1][:2]).half().cpu().numpy()
+                into["images"][some] = (torch.stack([v.small for v in chunk]) * 255).round().byte().numpy()
+                into["labels"][some] = torch.stack([v.labels for v in chunk]).numpy()
+                lines.write("".join(json.dumps(r) + "\n" for r in source.index[some]))
+                lines.flush()
+                bar.update(len(chunk))
+        for array in into.values():
             array.flush()
-        (part / "index.json").write_text(json.dumps(index))
+        (part / "index.json").write_text(json.dumps(source.index))
         part.replace(folder)
+        (folder / "index.jsonl").unlink()
 
 
-def choose(manifest: Path, count: int, good: int, seed: int) -> list[dict]:
+def choose(manifest: str | Path, count: int, good: int, seed: int) -> list[dict]:
     """Up to `count` marked images of a manifest, and `good` unmarked ones (0: all), sorted; of very long manifests a sample."""
     records = read_manifest(manifest, limit=100_000)
     rng, chosen = np.random.default_rng([seed, sum(map(ord, records[0]["set"]))]), []
@@ -376,38 +499,13 @@ def choose(manifest: Path, count: int, good: int, seed: int) -> list[dict]:
     return chosen
 
 
-def build_set(folder: Path, records: list[dict], views: int, turns: bool, seed: int, encoder, blocks, size) -> None:
-    """Cache `views` views of each record; view j of record i is a function of (seed, i, j)."""
-    jobs = [r for r in records for _ in range(views)]
-
-    def make(i: int):
-        image, labels = augment(*read_record(jobs[i]), size, np.random.default_rng([seed, i]), turns)
-        return image, labels, {"names": named(jobs[i]), "group": jobs[i]["group"], "image": jobs[i]["image"]}
-    ViewCache.build(folder, len(jobs), make, encoder, blocks, size)
+def by_category(record: dict) -> dict[str, str]:
+    """{value: label}; a scratch on another object is another label (R14)."""
+    return {v: f"{record['category']} {n}" if "category" in record else n for v, n in named(record).items()}
 
 
-def synthetic_view(pools: list[list[dict]], kind: int, rng: np.random.Generator, seed: int, size: int) -> tuple[Tensor, Tensor, str]:
-    """(3, S, S) image with a new defect of a kind, its bool mask, the kind's name. Even kinds stay on one data set, as real ones do."""
-    defect = SyntheticDefect.draw(np.random.default_rng([seed, kind]))
-
-    def surface(rng: np.random.Generator, pool: list[dict]) -> Tensor:
-        return augment(*read_record(pool[rng.integers(len(pool))]), size, rng, True)[0]
-    home = np.random.default_rng([seed, kind, 99]) if kind % 2 == 0 else rng
-    base = surface(rng, pools[home.integers(len(pools))])
-    foreign = np.random.default_rng(defect.texture)
-    image, mask = defect.paint(base, surface(foreign, pools[foreign.integers(len(pools))]), rng)
-    return image, mask, defect.kind
-
-
-def build_synthetic(folder: Path, manifests: list[Path], kinds: int, views: int, seed: int, encoder, blocks, size) -> None:
-    """Cache `views` images of each of `kinds` synthetic defects, on surfaces drawn from all manifests alike."""
-    pools = [read_manifest(m, limit=100_000) for m in manifests]
-
-    def make(i: int):
-        kind, view = divmod(i, views)
-        image, mask, name = synthetic_view(pools, kind, np.random.default_rng([seed, kind, view]), seed, size)
-        return image, mask.byte(), {"names": {"1": f"{name}_{kind}"}, "group": f"{kind}_{view}", "image": "synthetic"}
-    ViewCache.build(folder, kinds * views, make, encoder, blocks, size)
+def digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 # ---- Pairs (R14) -----------------------------------------------------------------------------------------------------
@@ -420,60 +518,79 @@ class Pairs:
                  accumulate: int = 1, model: icas.ICAS | None = None, workers: int = 0):
         self.sources, self.batch_size, self.seed, self.anomaly, self.hide = sources, batch_size, seed, anomaly, hide
         self.weights, self.accumulate, self.model = np.array(weights) / sum(weights), accumulate, model
-        self.by_label: list[dict[str, list[int]]] = []   # a source: label -> entries that show it
         self.values = [source.shown() for source in sources]
-        for values in self.values:
-            table: dict[str, list[int]] = {}
-            for i, here in enumerate(values):
-                for name in here:
-                    table.setdefault(name, []).append(i)
-            self.by_label.append({k: v for k, v in sorted(table.items()) if len(v) > 1})
+        self.by_label = [label_table(values, source.fixed) for values, source in zip(self.values, sources)]
+        self.often = [np.cumsum(np.sqrt([len(entries) for entries in table.values()])) for table in self.by_label]
+        self.good = [group_by((r.get("category", ""), i) for i, r in enumerate(source.index) if not r["names"]) for source in sources]
+        self.alike = [group_by((r["image"], i) for i, r in enumerate(source.index) if r["image"] != "synthetic") for source in sources]
         self.pool, self.ahead, self.waited = ThreadPoolExecutor(max(1, workers)), {}, 0.0
+
+    def alone(self, s: int) -> list[str]:
+        """Labels of a source that one image alone shows."""
+        index, key = self.sources[s].index, "group" if self.sources[s].name == "synthetic" else "image"
+        return [label for label, entries in self.by_label[s].items() if len({index[i][key] for i in entries}) < 2]
 
     def __call__(self, step: int) -> list[icas.Batch]:
         """This rank's share of a step, in `accumulate` micro-batches; the next step is drawn meanwhile."""
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         for coming in (step, step + 1):
             if coming not in self.ahead:
                 self.ahead[coming] = [self.pool.submit(self.draw, np.random.default_rng([self.seed, coming, j]))
-                                      for j in range(rank, self.batch_size, world)]
+                                      for j in range(rank(), self.batch_size, world())]
         began = time.perf_counter()
         pairs = [future.result() for future in self.ahead.pop(step)]
-        size = -(-len(pairs) // self.accumulate)
-        batches = [collate(pairs[i:i + size], self.model) for i in range(0, len(pairs), size)]
         self.waited += time.perf_counter() - began
-        return batches
+        size = -(-len(pairs) // self.accumulate)
+        return [collate(pairs[i:i + size], self.model) for i in range(0, len(pairs), size)]
 
     def draw(self, rng: np.random.Generator) -> dict:
         s = int(rng.choice(len(self.sources), p=self.weights))
-        source, table = self.sources[s], self.by_label[s]
-        counts = np.sqrt([len(v) for v in table.values()])
-        label = list(table)[rng.choice(len(table), p=counts / counts.sum())]
-        target = int(rng.choice(table[label]))
-        group, image = source.index[target]["group"], source.index[target]["image"]
-        alike = [i for i in table[label] if source.index[i]["image"] == image and image != "synthetic"]
-        alike = [i for i in alike if i != target or not cached(source)]  # a fresh view of the same image is another view
-        other = [i for i in table[label] if source.index[i]["group"] != group]
-        pool = alike if alike and (not other or rng.random() < 0.35) else other
-        reference = int(rng.choice(pool)) if pool else target
+        source, often = self.sources[s], self.often[s]
+        label, entries = list(self.by_label[s].items())[np.searchsorted(often[:-1], rng.random() * often[-1], side="right")]
+        target = entries[rng.integers(len(entries))]
+        record = source.index[target]
+        # a fresh view of the same image is another view
+        alike = [i for i in self.alike[s].get(record["image"], []) if label in self.values[s][i] and (i != target or not source.fixed)]
+        other = another(rng, entries, source.index, record["group"])
+        reference = int(rng.choice(alike)) if alike and (other is None or rng.random() < 0.35) else other
         mode, seen = rng.random(), source.view(target, rng, label)
         wanted = {seen.names[label]} if label in seen.names else set()
-        shown = seen if not pool else source.view(reference, rng, label)
-        value = shown.names.get(label, -1)
-        if source.name in self.anomaly and mode < 0.15:   # normal references: everything unmarked, all defects are the answer
+        if source.name in self.anomaly and mode < 0.15:   # normal references; all defects are the answer
+            good = another(rng, self.good[s].get(record.get("category", ""), []), source.index, record["group"])
+            # a good part, or what is unmarked of a bad one
+            shown = seen if good is None and reference is None else source.view(reference if good is None else good, rng)
             foreground, background = torch.zeros(shown.labels.shape), (shown.labels == 0).float()
             wanted = set(seen.names.values())
-        elif wanted and (mode < 0.3 or not pool):         # clicks on the target itself
+        elif wanted and (mode < 0.3 or reference is None):   # clicks on the target itself
             shown, inside = seen, (seen.labels == seen.names[label]).numpy()
             foreground, background = clicks(inside, int(rng.integers(1, 6)), rng), clicks(~inside, int(rng.integers(1, 6)), rng)
         else:
-            foreground = (shown.labels == value).float()
+            shown = seen if reference is None else source.view(reference, rng, label)
+            foreground = (shown.labels == shown.names.get(label, -1)).float()
             background = 1 - foreground
-        return sides(shown, foreground, background) | {"target": seen, "wanted": wanted, "hidden": float(rng.random() < self.hide)}
+        return sides(shown, foreground, background) | {"target": seen, "truths": segments(seen, wanted),
+                                                       "hidden": float(rng.random() < self.hide)}
 
 
-def cached(source) -> bool:
-    return isinstance(source, ViewCache)
+def group_by(items: Iterable[tuple[str, int]]) -> dict[str, list[int]]:
+    table: dict[str, list[int]] = {}
+    for key, i in items:
+        table.setdefault(key, []).append(i)
+    return table
+
+
+def label_table(shown: Sequence[dict[str, int]], fixed: bool) -> dict[str, list[int]]:
+    """Label -> entries that show it: two at least, of which pairs are made; one is enough where every draw is a new view."""
+    table = group_by((name, i) for i, names in enumerate(shown) for name in names)
+    return {k: v for k, v in sorted(table.items()) if len(v) > 1 or not fixed}
+
+
+def another(rng: np.random.Generator, entries: Sequence[int], index: Sequence[dict], group: str) -> int | None:
+    """A random entry that shows another physical item, or None."""
+    for _ in range(20 if len(entries) else 0):
+        if index[i := entries[rng.integers(len(entries))]]["group"] != group:
+            return i
+    rest = [i for i in entries if index[i]["group"] != group]
+    return rest[rng.integers(len(rest))] if rest else None
 
 
 def sides(shown: View, foreground: Tensor, background: Tensor) -> dict:
@@ -497,12 +614,13 @@ def clicks(inside: np.ndarray, count: int, rng: np.random.Generator) -> Tensor:
     return icas.disks([(float(x[i]), float(y[i])) for i in chosen], side, side)
 
 
-def segments(labels: Tensor, wanted: set[int], size: int) -> icas.Truths:
+def segments(seen: View, wanted: set[int]) -> icas.Truths:
     """Truths of one target (R11): the prompted label, each other labelled segment, the unlabelled rest."""
-    values = [v for v in torch.unique(labels).tolist() if v not in wanted]
+    labels = seen.labels
+    values = [v for v in np.bincount(labels.numpy().ravel()).nonzero()[0].tolist() if v not in wanted]
     prompted = torch.isin(labels, torch.tensor(sorted(wanted), dtype=labels.dtype))
     masks = [prompted] * bool(prompted.any()) + [labels == v for v in values[:12]]
-    masks = F.adaptive_avg_pool2d(torch.stack(masks).float(), size)
+    masks = F.adaptive_avg_pool2d(torch.stack(masks).float(), seen.small.shape[-1] // 2)
     return icas.Truths(masks, torch.tensor([0] * bool(prompted.any()) + [1] * len(values[:12])))
 
 
@@ -514,45 +632,58 @@ def collate(pairs: list[dict], model: icas.ICAS | None = None) -> icas.Batch:
     else:
         maps = torch.from_numpy(np.stack([v.features for v in views])).to(device).float().flatten(1, 2)
     stack = lambda key: torch.stack([p[key] for p in pairs]).to(device)  # noqa: E731
-    size = 4 * maps.shape[-1]
-    truths = [segments(p["target"].labels, p["wanted"], size) for p in pairs]
     return icas.Batch(icas.Features(maps[:len(pairs)], torch.stack([v.small for v in views[:len(pairs)]]).to(device)), maps[len(pairs):],
                       stack("foreground"), stack("background"), stack("moments"),
-                      torch.tensor([p.get("hidden", 0.0) for p in pairs], device=device), [icas.Truths(*(x.to(device) for x in t)) for t in truths])
+                      torch.tensor([p.get("hidden", 0.0) for p in pairs], device=device),
+                      [icas.Truths(*(x.to(device) for x in p["truths"])) for p in pairs])
 
 
 # ---- Fusion (R18) ----------------------------------------------------------------------------------------------------
 
 
-def held_pair(model: icas.ICAS, cache: ViewCache, label: str, a: int, b: int) -> tuple[icas.Batch, icas.Prompt]:
-    """View a as the marked prompt of one label, view b as the target."""
-    shown, target = cache.view(a), cache.view(b)
-    foreground = (shown.labels == shown.names[label]).float()
-    batch = collate([sides(shown, foreground, 1 - foreground) | {"target": target, "wanted": {target.names[label]}}], model)
+class Held(NamedTuple):
+    """A pair of views of a held-out source that share a label, but show no physical item together."""
+    source: ViewCache
+    label: str
+    shown: int
+    target: int
+
+
+def held_pairs(caches: Sequence[ViewCache], count: int, seed: int) -> list[Held]:
+    """About `count` pairs of each label, the same at every call."""
+    found, rng = [], np.random.default_rng(seed)
+    for cache in caches:
+        for label, views in label_table(cache.shown(), True).items():
+            drawn = [Held(cache, label, *map(int, rng.choice(views, 2, replace=False))) for _ in range(count)]
+            found += [h for h in drawn if cache.index[h.shown]["group"] != cache.index[h.target]["group"]]
+    return found
+
+
+def held_pair(model: icas.ICAS, held: Held) -> tuple[icas.Batch, icas.Prompt]:
+    """The marked prompt and the target of a held-out pair."""
+    shown, target = held.source.view(held.shown), held.source.view(held.target)
+    foreground = (shown.labels == shown.names[held.label]).float()
+    truths = segments(target, {target.names[held.label]})
+    batch = collate([sides(shown, foreground, 1 - foreground) | {"target": target, "truths": truths}], model)
     neck = model.neck(batch.reference).flatten(2).transpose(1, 2)
     return batch, icas.Prompt(model.tokens(batch.reference), neck, batch.foreground.flatten(1), batch.background.flatten(1), batch.moments)
 
 
-def learn_fusion(model: icas.ICAS, caches: list[ViewCache], pairs: int, seed: int = 0) -> Tensor:
+def learn_fusion(model: icas.ICAS, caches: Sequence[ViewCache], pairs: int, seed: int = 0) -> Tensor:
     """Weights of the fused log-odds (R18) for prompts that mark an anomaly, on sets that the decoder was not trained on.
 
     Maximises the soft IoU of each label, pooled over its pairs as the protocol does, and stays near equal weights (`icas.EQUAL`): with
     the penalty 1e-3 in place of 0.3 a left-out set loses 2 points. Prints each part alone, and the fusion with each set left out.
     """
-    source, rng = Pairs(caches, [1.0] * len(caches), set(), 1, seed), np.random.default_rng(seed)
     terms, truths, owner, names = [], [], [], []
-    for s, cache in enumerate(caches):
-        for label, views in source.by_label[s].items():
-            names.append((cache.name, label))
-            for _ in range(pairs):
-                a, b = rng.choice(views, 2, replace=False)
-                if cache.index[a]["group"] == cache.index[b]["group"]:
-                    continue
-                with torch.no_grad():
-                    batch, prompt = held_pair(model, cache, label, a, b)
-                    terms.append(icas.evidence(icas._log_odds(model, batch.target, prompt, None)[1], True)[0, :, ::2, ::2].flatten(1))
-                truths.append(batch.truths[0].masks[0][::2, ::2].flatten())
-                owner.append(len(names) - 1)
+    for held in held_pairs(caches, pairs, seed):
+        if (name := (held.source.name, held.label)) not in names:
+            names.append(name)
+        with torch.no_grad():
+            batch, prompt = held_pair(model, held)
+            terms.append(icas.evidence(icas._log_odds(model, batch.target, prompt, None)[1], True)[0, :, ::2, ::2].flatten(1).cpu())
+        truths.append(batch.truths[0].masks[0][::2, ::2].flatten().cpu())
+        owner.append(names.index(name))
     x, y, own = torch.stack(terms), torch.stack(truths), torch.tensor(owner)
 
     def pooled_iou(weight: Tensor, labels: list[int], hard: bool = True) -> Tensor:
@@ -587,25 +718,32 @@ def learn_fusion(model: icas.ICAS, caches: list[ViewCache], pairs: int, seed: in
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
 
+FREE = ("out", "workers", "log_every", "save_minutes", "dry_run", "device", "compile")   # arguments that change no weight
+
+
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=["generic", "anomaly"], required=True, help="generic photographs first, then defects")
-    parser.add_argument("--out", required=True, help="folder for last.safetensors, log.jsonl and (by default) the views")
+    parser.add_argument("--out", required=True, help="folder for last.safetensors, best.safetensors and log.jsonl")
+    parser.add_argument("--dry-run", action="store_true", help="check the data, print the recipe, the counts and the memory, and end")
     group = parser.add_argument_group("data")
     group.add_argument("--data", nargs="+", required=True, help="manifests, or folders that hold one")
     group.add_argument("--weights", nargs="+", type=float, help="how often each manifest is drawn from, then the synthetic (default 1)")
     group.add_argument("--images", type=int, default=0, help="marked images of each manifest at most (default 0: all)")
     group.add_argument("--good", type=int, default=0, help="unmarked images of each manifest at most (default 0: all)")
     group.add_argument("--synthetic", type=int, default=0, metavar="KINDS", help="kinds of synthetic defect (default 0: none)")
-    group.add_argument("--cache", help="folder that keeps encoded views, so that a CPU can train; without it each draw is a new view")
-    group.add_argument("--views", type=int, default=1, help="with --cache: views an image, three times as many a kind (default 1)")
-    group.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that read and augment")
-    group.add_argument("--held-out", nargs="*", default=[], help="manifests not trained on: the fusion is learned there (--cache)")
-    group.add_argument("--validate", nargs="*", default=[], help="manifests not trained on: mean IoU is measured there (--cache)")
+    group.add_argument("--cache", help="folder that keeps encoded views, so that a CPU can train (default: encoded with each batch)")
+    group.add_argument("--views", type=int, help="views of an image, three times as many of a kind; 0: each draw is a new one (default 0, "
+                       "with --cache 1)")
+    group.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="threads that read and augment, of a rank "
+                       "(default: one a core, at most 16)")
+    group = parser.add_argument_group("held-out data (views in --cache, or OUT/views)")
+    group.add_argument("--validate", nargs="*", default=[], metavar="MANIFEST", help="not trained on: mean IoU is measured there")
     group.add_argument("--validate-every", type=int, default=500, help="steps between validations; the best is kept (default 500)")
+    group.add_argument("--held-out", nargs="*", default=[], metavar="MANIFEST", help="not trained on: the fusion is learned there")
     group = parser.add_argument_group("model (ignored with --init)")
     group.add_argument("--init", help="checkpoint to start from")
-    group.add_argument("--encoder", default="checkpoints/dinov2-vits14.safetensors", help="weights, any layout of icas.convert")
+    group.add_argument("--encoder", help="its frozen encoder, any layout of icas.convert (default: the shipped one, or that beside --init)")
     paper = icas.Config()
     group.add_argument("--encoder-name", default=paper.encoder, help="vits14, vitb14, vitl14, vitg14, each also with -reg (default vits14)")
     group.add_argument("--image-size", type=int, default=paper.image_size, help="pixels, a multiple of 14 (default 518)")
@@ -615,61 +753,67 @@ def parser() -> argparse.ArgumentParser:
         group.add_argument("--" + name.replace("_", "-"), type=int, default=default, help=f"see icas.Config (default {default})")
     group = parser.add_argument_group("recipe (defaults: METHOD R16)")
     group.add_argument("--steps", type=int, help="optimizer steps (default 50000 generic, 5000 anomaly)")
-    group.add_argument("--batch-size", type=int, default=32, help="pairs a step (default 32)")
+    group.add_argument("--batch-size", type=int, default=32, help="pairs a step, of all ranks together (default 32)")
+    group.add_argument("--accumulate", type=int, default=1, help="micro-batches that a rank's pairs are cut into (default 1)")
     group.add_argument("--lr", type=float, default=1e-4, help="peak learning rate of AdamW (default 1e-4)")
-    group.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step and rank (default 1)")
     group.add_argument("--hide-features", type=float, default=0.3, help="share of pairs whose raw features are hidden (default 0.3)")
+    group.add_argument("--relation-steps", type=int, default=0, help="steps, of --steps, that train the relation net alone (default 0)")
     group.add_argument("--seed", type=int, default=0)
+    group = parser.add_argument_group("run")
     group.add_argument("--log-every", type=int, default=20, help="steps between lines (default 20)")
     group.add_argument("--save-minutes", type=float, default=10, help="minutes between states to resume from (default 10)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default auto)")
-    group.add_argument("--dry-run", action="store_true", help="print the recipe, the data and the memory, and end")
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile encoder and decoder (default: on CUDA)")
     return parser
-
-
-def start_model(args: argparse.Namespace) -> icas.ICAS:
-    device = icas._device(args.device)
-    if device.type == "cuda" and dist.is_initialized():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    if args.init:
-        model = icas.load(args.init, encoder=args.encoder, device=device).requires_grad_(False)
-    else:
-        torch.manual_seed(args.seed)
-        model = icas.ICAS(icas.Config(args.encoder_name, args.image_size, blocks=tuple(args.blocks), queries=args.queries, dim=args.dim,
-                                      layers=args.layers, ffn_dim=args.ffn_dim, pixel_dim=args.pixel_dim))
-        model.encoder.load_state_dict(icas.load_encoder(args.encoder))
-        model.encoder_sha256 = icas._sha256(args.encoder)
-        model = model.to(device).requires_grad_(False)
-    if device.type == "cuda":
-        model.encoder.compile()
-        model.decoder.compile()
-    return model
-
-
-def open_sources(args: argparse.Namespace, model: icas.ICAS, manifests: Sequence[str], turns: bool, cache: bool) -> list:
-    """One source of views a manifest, named after its folder; caches are built if they are not there yet (by rank 0)."""
-    config, sources = model.config, []
-    for manifest in manifests:
-        name = (Path(manifest).parent if Path(manifest).suffix else Path(manifest)).resolve().name
-        records = choose(Path(manifest), args.images, args.good, args.seed)
-        if not cache:
-            sources.append(FreshViews(name, records, config.image_size, config.patch_size, turns))
-            continue
-        folder = Path(args.cache) / name
-        if rank() == 0 and not folder.is_dir():
-            build_set(folder, records, args.views, turns, args.seed, model.encoder, config.blocks, config.image_size)
-        wait()
-        sources.append(ViewCache(folder))
-    return sources
 
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def wait() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+def start_model(args: argparse.Namespace) -> icas.ICAS:
+    device = icas._device(args.device)
+    if device.type == "cuda" and dist.is_initialized():
+        device = torch.device("cuda", torch.cuda.current_device())
+    if args.init:
+        model = icas.load(args.init, encoder=args.encoder, device=device)
+    else:
+        encoder = args.encoder or Path(__file__).with_name("checkpoints") / "dinov2-vits14.safetensors"
+        torch.manual_seed(args.seed)
+        model = icas.ICAS(icas.Config(args.encoder_name, args.image_size, blocks=tuple(args.blocks), queries=args.queries, dim=args.dim,
+                                      layers=args.layers, ffn_dim=args.ffn_dim, pixel_dim=args.pixel_dim))
+        if not Path(encoder).is_file():
+            raise FileNotFoundError(f"--encoder: no file at {str(encoder)!r}")
+        icas._load_state(model.encoder, icas.load_encoder(encoder), f"--encoder {str(encoder)!r} as {args.encoder_name}")
+        model.encoder_sha256 = icas._sha256(encoder)
+        model = model.to(device).requires_grad_(False)
+    if device.type == "cuda" if args.compile is None else args.compile:
+        model.encoder.compile()
+        model.decoder.compile()
+    return model
+
+
+def open_sources(args: argparse.Namespace, model: icas.ICAS, manifests: Sequence[str], turns: bool, views: int) -> list[FreshViews]:
+    """One source of views a manifest, named after its folder; every image and mask is there and of one size."""
+    config, sources = model.config, []
+    for manifest in manifests:
+        name = (Path(manifest).parent if Path(manifest).suffix else Path(manifest)).resolve().name
+        records = choose(manifest, args.images, args.good, args.seed)
+        check_sizes(records, args.workers)
+        sources.append(FreshViews(name, records, config.image_size, config.patch_size, turns, views, args.seed, args.workers))
+    return sources
+
+
+# ---- States to resume from, and the log ------------------------------------------------------------------------------
 
 
 def write_state(path: Path, state: dict) -> None:
@@ -683,9 +827,9 @@ def write_state(path: Path, state: dict) -> None:
         if path.is_file():
             path.replace(path.with_suffix(".old"))
         part.replace(path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # a disk that fills up half-way is a RuntimeError of torch's writer
         part.unlink(missing_ok=True)
-        print(f"train: the state could not be written ({error}); training goes on", file=sys.stderr)
+        print(f"train: the state could not be written ({str(error).splitlines()[0]}); training goes on", file=sys.stderr)
 
 
 def read_state(path: Path) -> dict | None:
@@ -693,157 +837,261 @@ def read_state(path: Path) -> dict | None:
     for candidate in (path, path.with_suffix(".old")):
         if candidate.is_file():
             try:
+                with zipfile.ZipFile(candidate) as archive:
+                    if bad := archive.testzip():  # torch.load itself reads over a flipped bit
+                        raise ValueError(f"{bad} has another checksum")
                 return torch.load(candidate, map_location="cpu", weights_only=True)
-            except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError) as error:
+            except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
                 print(f"train: {candidate} is damaged ({str(error).splitlines()[0]}); trying the one before", file=sys.stderr)
+                if rank() == 0:
+                    candidate.replace(candidate.with_suffix(".damaged"))  # so that it never takes the place of a whole one
     return None
 
 
+def fixed_arguments(args: dict) -> str:
+    return json.dumps({k: v for k, v in args.items() if k not in FREE})
+
+
+def check_out(out: Path, fixed: str) -> tuple[bool, dict | None]:
+    """Whether this run is done already, and its state if it was cut off. Raises ValueError if another run's files are there."""
+    last, state = out / "last.safetensors", read_state(out / "state.pt")
+    found = [state["arguments"]] if state else []
+    if last.is_file():
+        with safe_open(last, "pt") as file:
+            found.append(fixed_arguments(json.loads(file.metadata()["training"])["arguments"]))
+    if any(f != fixed for f in found):
+        raise ValueError(f"{out}: holds a run with other arguments; give another --out, or the same arguments")
+    return last.is_file(), state
+
+
+def trim_log(out: Path, step: int) -> None:
+    """Drop what was logged after the state that the run goes on from, and half a line."""
+    log = out / "log.jsonl"
+    if log.is_file():
+        kept = [line for line in icas._json_lines(log) if line["step"] <= step]
+        part = log.with_suffix(".part")
+        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        part.replace(log)
+
+
+def write_log(out: Path, line: dict) -> None:
+    try:
+        with open(out / "log.jsonl", "a") as log:
+            log.write(json.dumps(line) + "\n")
+    except OSError as error:
+        print(f"train: log.jsonl could not be written ({error}); training goes on", file=sys.stderr)
+
+
+def save_best(model: icas.ICAS, path: Path, training: dict) -> bool:
+    try:
+        icas.save(model, path, training)
+    except (OSError, SafetensorError) as error:
+        Path(f"{path}.part").unlink(missing_ok=True)
+        print(f"train: {path} could not be written ({error}); training goes on", file=sys.stderr)
+        return False
+    return True
+
+
+# ---- One run ---------------------------------------------------------------------------------------------------------
+
+
 @torch.inference_mode()
-def validate(model: icas.ICAS, caches: Sequence[ViewCache], pairs: int = 10, seed: int = 1) -> dict[str, float]:
-    """Mean IoU of the fused score and of the training-free baselines, pooled over `pairs` pairs of each label, in percent."""
+def validate(model: icas.ICAS, pairs: Sequence[Held]) -> dict[str, float]:
+    """Mean IoU of the fused score and of the training-free baselines, pooled over the pairs of each label, in percent."""
     counts: dict[tuple, np.ndarray] = {}
-    for cache in caches:
-        source = Pairs([cache], [1.0], set(), 1, seed)
-        for label, views in source.by_label[0].items():
-            rng = np.random.default_rng([seed, zlib.crc32(label.encode())])
-            for _ in range(pairs):
-                a, b = rng.choice(views, 2, replace=False)
-                if cache.index[a]["group"] == cache.index[b]["group"]:
-                    continue
-                batch, prompt = held_pair(model, cache, label, a, b)
-                odds, scores, _ = icas._log_odds(model, batch.target, prompt, None)
-                truth = batch.truths[0].masks[0] > 0.5
-                for name, found in (("icas", odds), ("nearest patch", scores.margin), ("prototype", scores.prototype)):
-                    both = np.array([int(((found[0] > 0) & truth).sum()), int(((found[0] > 0) | truth).sum())])
-                    counts[cache.name, label, name] = counts.get((cache.name, label, name), 0) + both
+    for held in pairs:
+        batch, prompt = held_pair(model, held)
+        odds, scores, _ = icas._log_odds(model, batch.target, prompt, None)
+        truth = batch.truths[0].masks[0] > 0.5
+        for name, found in (("icas", odds), ("nearest patch", scores.margin), ("prototype", scores.prototype)):
+            both = np.array([int(((found[0] > 0) & truth).sum()), int(((found[0] > 0) | truth).sum())])
+            key = held.source.name, held.label, name
+            counts[key] = counts.get(key, 0) + both
     return {name: float(np.mean([100 * v[0] / max(1, v[1]) for k, v in counts.items() if k[2] == name]))
             for name in ("icas", "nearest patch", "prototype")}
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    started = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
-    if started:
-        dist.init_process_group("nccl" if icas._device(args.device).type == "cuda" else "gloo")
-    try:
-        return run(args)
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        print(f"train: {error}", file=sys.stderr)
-        return 2
-    finally:
-        if started:
-            dist.destroy_process_group()
+class Run(NamedTuple):
+    """What a training needs, checked."""
+    model: icas.ICAS
+    pairs: Pairs
+    steps: int
+    validation: list[Held]
+    held_out: list[ViewCache]
+    state: dict | None     # to go on from
+    done: bool             # OUT/last.safetensors is this run's
 
 
-def run(args: argparse.Namespace) -> int:
-    out, model = Path(args.out), start_model(args)
-    if (args.held_out or args.validate) and not args.cache:
-        raise ValueError("--held-out, --validate: they are measured on cached views; pass --cache DIR")
+def prepare(args: argparse.Namespace) -> Run:
+    """Everything that can be wrong with arguments and data is found here, before training starts."""
+    turns = args.stage == "anomaly"
+    for name, least in (("batch_size", world()), ("accumulate", 1), ("validate_every", 1), ("log_every", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(args, name)}")
+    views = args.views if args.views is not None else int(bool(args.cache))
+    if views < (1 if args.cache else 0):
+        raise ValueError(f"--views: expected at least {1 if args.cache else 0}, got {views}; 0 needs a training without --cache")
     both = {Path(m).resolve() for m in args.data} & {Path(m).resolve() for m in (*args.held_out, *args.validate)}
     if both:
         raise ValueError(f"--held-out, --validate: {sorted(map(str, both))[0]} is trained on too")
-    turns, config = args.stage == "anomaly", model.config
-    sources = open_sources(args, model, args.data, turns, bool(args.cache))
-    if args.synthetic and args.cache:
-        folder = Path(args.cache) / "synthetic"
-        if rank() == 0 and not folder.is_dir():
-            build_synthetic(folder, [Path(m) for m in args.data], args.synthetic, 3 * args.views, args.seed, model.encoder, config.blocks,
-                            config.image_size)
-        wait()
-        sources.append(ViewCache(folder))
-    elif args.synthetic:
-        sources.append(FreshSynthetic(args.data, args.synthetic, args.seed, config.image_size, config.patch_size))
+    done, state = check_out(Path(args.out), fixed_arguments(vars(args)))
+    model = start_model(args)
+    sources: list = open_sources(args, model, args.data, turns, 0 if args.dry_run else views)
+    if args.synthetic:
+        sources.append(FreshSynthetic(args.data, args.synthetic, model.config.image_size, model.config.patch_size,
+                                      0 if args.dry_run else 3 * views, args.seed))
+    held = [open_sources(args, model, m, False, max(1, views)) for m in (args.validate, args.held_out)]
     weights = args.weights or [1.0] * len(sources)
-    if len(weights) != len(sources):
-        raise ValueError(f"--weights: expected {len(sources)} numbers, one for each of {[c.name for c in sources]}, got {len(weights)}")
+    if len(weights) != len(sources) or min(weights) < 0 or not sum(weights):
+        raise ValueError(f"--weights: expected {len(sources)} numbers, one for each of {[c.name for c in sources]}, got {args.weights}")
+    cache = lambda folder, some: [ViewCache.open(Path(folder) / s.name, s, model, args.workers) for s in some]  # noqa: E731
+    if args.cache and not args.dry_run:
+        sources = cache(args.cache, sources)
     pairs = Pairs(sources, weights, {c.name for c in sources} if turns else set(), args.batch_size, args.seed, args.hide_features,
                   args.accumulate, model, args.workers)
-    empty = [c.name for c, table in zip(sources, pairs.by_label) if not table]
+    empty = [c.name for c, table, alone in zip(sources, pairs.by_label, map(pairs.alone, range(len(sources))))
+             if not table or turns and len(alone) == len(table)]
     if empty:
-        raise ValueError(f"--data: no label is in two images of {empty}; raise --views or leave them out")
-    steps = args.steps or {"generic": 50_000, "anomaly": 5_000}[args.stage]
-    if rank() == 0:
-        describe(args, model, pairs, steps)
-    if args.dry_run:
-        return 0
-    out.mkdir(parents=True, exist_ok=True)
-    held = [open_sources(args, model, m, False, True) for m in (args.held_out, args.validate)]
+        raise ValueError(f"--data: no label is in two images of {empty}; leave them out")
+    validation, held_out = ([], []) if args.dry_run else (cache(args.cache or Path(args.out) / "views", h) for h in held)
+    validation = held_pairs(validation, 10, 1)
+    if not args.dry_run and (args.validate and not validation or args.held_out and not held_pairs(held_out, 25, args.seed)):
+        raise ValueError("--validate, --held-out: no label is in two images of different groups")
+    return Run(model, pairs, args.steps or {"generic": 50_000, "anomaly": 5_000}[args.stage], validation, held_out, state, done)
+
+
+class Progress:
+    """Called after each step: what is said, measured and kept meanwhile, on rank 0 alone."""
+
+    def __init__(self, args: argparse.Namespace, run: Run, best: float):
+        self.args, self.run, self.out, self.best, self.recent = args, run, Path(args.out), best, []
+        self.clock = self.saved = time.time()
+
+    def __call__(self, step: int, parts: dict[str, float], optimizer: torch.optim.Optimizer) -> None:
+        if rank():
+            return
+        done, steps = step + 1, self.run.steps
+        self.recent.append(parts)
+        if done % self.args.log_every == 0 or done == steps:
+            self.report(done, optimizer.param_groups[0]["lr"])
+        began = time.time()
+        if self.run.validation and (done % self.args.validate_every == 0 or done == steps):
+            self.measure(done)
+        if time.time() - self.saved > 60 * self.args.save_minutes and done < steps:
+            write_state(self.out / "state.pt", {"decoder": self.run.model.decoder.state_dict(), "optimizer": optimizer.state_dict(),
+                                                "step": done, "best": self.best, "arguments": fixed_arguments(vars(self.args))})
+            self.saved = time.time()
+        self.clock += time.time() - began
+
+    def report(self, done: int, rate: float) -> None:
+        count, steps, pairs = len(self.recent), self.run.steps, self.run.pairs
+        mean = {k: float(np.mean([p[k] for p in self.recent if k in p])) for k in self.recent[-1]}
+        seconds = (time.time() - self.clock) / count
+        share, images, left = pairs.waited / (seconds * count), 2 * self.args.batch_size / seconds, seconds * (steps - done) / 60
+        print(f"step {done:>6}/{steps} | loss {mean['loss']:.4f} (" + " ".join(f"{k} {v:.2f}" for k, v in mean.items() if k != "loss")
+              + f") | lr {rate:.1e} | {1000 * seconds:.0f} ms, loader {100 * share:.0f} % | {images:.1f} images/s | {left:.0f} min left",
+              file=sys.stderr)
+        write_log(self.out, {"step": done, "lr": rate, "seconds_a_step": seconds, "loader_share": share, "images_a_second": images,
+                             "minutes_left": left} | mean)
+        self.recent.clear()
+        self.clock, pairs.waited = time.time(), 0.0
+
+    def measure(self, done: int) -> None:
+        self.run.model.decoder.eval()
+        found = validate(self.run.model, self.run.validation)
+        self.run.model.decoder.train()
+        print(f"step {done:>6}/{self.run.steps} | mean IoU " + ", ".join(f"{k} {v:.1f}" for k, v in found.items()), file=sys.stderr)
+        write_log(self.out, {"step": done, "validation": found})
+        if found["icas"] > self.best and save_best(self.run.model, self.out / "best.safetensors",
+                                                   {"arguments": vars(self.args), "step": done, "validation": found}):
+            self.best = found["icas"]
+
+
+def train(args: argparse.Namespace, run: Run) -> None:
+    """Train, learn the fusion, write OUT/last.safetensors."""
+    out, model, begin, best = Path(args.out), run.model, 0, -1.0
     model.decoder.requires_grad_(True)
-    optimizer, begin, best = icas.make_optimizer(model.decoder, args.lr, 0.05), 0, -1.0
-    free = ("out", "workers", "log_every", "save_minutes", "dry_run", "device")   # these change no weight
-    fixed = json.dumps({k: v for k, v in vars(args).items() if k not in free})
-    state = read_state(out / "state.pt")
-    if state:
-        if state["arguments"] != fixed:
-            raise ValueError(f"{out / 'state.pt'}: belongs to a run with other arguments; give another --out, or the same arguments")
-        model.decoder.load_state_dict(state["decoder"])
-        optimizer.load_state_dict(state["optimizer"])
-        begin, best = state["step"], state["best"]
-        print(f"resumed at step {begin}", file=sys.stderr)
-    clock, recent, saved = time.time(), [], time.time()
+    optimizer = icas.make_optimizer(model.decoder, args.lr, 0.05)
+    if run.state:
+        model.decoder.load_state_dict(run.state["decoder"])
+        optimizer.load_state_dict(run.state["optimizer"])
+        begin, best = run.state["step"], run.state["best"]
+    if rank() == 0:
+        if run.state:
+            print(f"resumed at step {begin}", file=sys.stderr)
+        out.mkdir(parents=True, exist_ok=True)
+        trim_log(out, begin)
+    icas.fit(model, run.pairs, steps=run.steps, lr=args.lr, seed=args.seed, start=begin, relation_steps=args.relation_steps,
+             optimizer=optimizer, callback=Progress(args, run, best))
+    if rank() == 0:
+        if run.held_out:
+            model.fusion_marked = learn_fusion(model, run.held_out, 25, args.seed).to(model.device)
+        icas.save(model, out / "last.safetensors", {"arguments": vars(args)})
 
-    def report(step: int, parts: dict, optimizer: torch.optim.Optimizer) -> None:
-        nonlocal clock, saved, best
-        done = step + 1
-        recent.append(parts)
-        if args.validate and (done % args.validate_every == 0 or done == steps):
-            model.decoder.eval()
-            found = validate(model, held[1])
-            model.decoder.train()
-            if rank() == 0:
-                print(f"step {done:>6}/{steps} | mean IoU " + ", ".join(f"{k} {v:.1f}" for k, v in found.items()), file=sys.stderr)
-                write_log(out, {"step": done, "validation": found})
-                if found["icas"] > best:
-                    icas.save(model, out / "best.safetensors", {"arguments": vars(args), "step": done, "validation": found})
-            best = max(best, found["icas"])
-        if rank() == 0 and (done % args.log_every == 0 or done == steps):
-            mean = {k: float(np.mean([p[k] for p in recent])) for k in parts}
-            seconds = (time.time() - clock) / len(recent)
-            share, left = pairs.waited / (seconds * len(recent)), seconds * (steps - done)
-            print(f"step {done:>6}/{steps} | loss {mean['loss']:.3f} (" + " ".join(f"{k} {v:.2f}" for k, v in mean.items() if k != "loss")
-                  + f") | lr {optimizer.param_groups[0]['lr']:.1e} | {1000 * seconds:.0f} ms, loader {100 * share:.0f} % | "
-                  f"{2 * args.batch_size / seconds:.1f} images/s | {left / 60:.0f} min left", file=sys.stderr)
-            write_log(out, {"step": done, "seconds_a_step": seconds, "loader_share": share, "lr": optimizer.param_groups[0]["lr"]} | mean)
-            recent.clear()
-            clock, pairs.waited = time.time(), 0.0
-        if rank() == 0 and time.time() - saved > 60 * args.save_minutes and done < steps:
-            write_state(out / "state.pt", {"decoder": model.decoder.state_dict(), "optimizer": optimizer.state_dict(), "step": done,
-                                           "best": best, "arguments": fixed})
-            saved = time.time()
-    icas.fit(model, pairs, steps=steps, lr=args.lr, seed=args.seed, start=begin, optimizer=optimizer, callback=report)
-    if rank():
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 done, 1 failed part-way (the same command goes on), 2 wrong use."""
+    args, status = parser().parse_args(argv), 2
+    started = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
+    try:
+        if started:
+            start_ranks(args.device)
+        run = prepare(args)
+        if rank() == 0:
+            describe(args, run)
+        if args.dry_run:
+            return 0
+        status = 1
+        if not run.done:
+            train(args, run)
+        if rank() == 0:
+            for name in ("state.pt", "state.old", "state.damaged"):
+                (Path(args.out) / name).unlink(missing_ok=True)
+            print(Path(args.out) / "last.safetensors")
         return 0
-    if args.held_out:
-        model.fusion_marked = learn_fusion(model, held[0], 25, args.seed).to(model.device)
-    icas.save(model, out / "last.safetensors", {"arguments": vars(args)})
-    for name in ("state.pt", "state.old"):
-        (out / name).unlink(missing_ok=True)
-    print(out / "last.safetensors")
-    return 0
+    except (ValueError, TypeError, OSError, ImportError, SafetensorError) as error:
+        print(f"train: {error}", file=sys.stderr)
+        return status
+    finally:
+        if started and dist.is_initialized():
+            dist.destroy_process_group()
 
 
-def write_log(out: Path, line: dict) -> None:
-    with open(out / "log.jsonl", "a") as log:
-        log.write(json.dumps(line) + "\n")
+def start_ranks(device: str) -> None:
+    cuda = icas._device(device).type == "cuda"
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    # a day: rank 0 may encode views for hours while the others wait
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(days=1))
 
 
-def describe(args: argparse.Namespace, model: icas.ICAS, pairs: Pairs, steps: int) -> None:
+def describe(args: argparse.Namespace, run: Run) -> None:
     """The resolved recipe, the data, and how much memory a step takes about."""
-    count = sum(p.numel() for p in model.decoder.parameters())
-    tokens = (model.config.image_size // model.config.patch_size) ** 2
-    # weights, gradients and two moments; per pair: features, relation maps, pixel maps of every layer's masks, in float32
-    config = model.config
-    numbers = 768 * len(config.blocks) + 16 * (config.pixel_dim + 4 * config.relation_dim) + 4 * config.queries * config.layers
-    memory = 16 * count + 4 * args.batch_size // args.accumulate * tokens * numbers
-    print(f"{args.stage}: {steps} steps of {args.batch_size} pairs, AdamW {args.lr:g} with 100 steps of warm-up and linear decay, "
-          f"{count / 1e6:.1f} M parameters on {model.device}, {'bf16' if icas.fast_bf16(model.device) else 'float32'}, "
-          f"about {memory / 2 ** 30:.1f} GiB a rank beside the encoder", file=sys.stderr)
-    for source, table, weight in zip(pairs.sources, pairs.by_label, pairs.weights):
-        many = sorted(table.items(), key=lambda item: -len(item[1]))
-        unit = "views" if cached(source) else "images"
-        print(f"  {source.name}: {100 * weight:.0f} % of pairs, {len(source.index)} {unit}, {len(table)} labels ("
-              + ", ".join(f"{len(v)} {k}" for k, v in many[:6]) + (", ..." if len(many) > 6 else "") + ")", file=sys.stderr)
+    model, pairs, c, file = run.model, run.pairs, run.model.config, sys.stdout if args.dry_run else sys.stderr
+    count, kind = sum(p.numel() for p in model.decoder.parameters()), "bf16" if icas.fast_bf16(model.device) else "float32"
+    print(f"{args.stage}: {run.steps} steps, {args.batch_size} pairs, ranks {world()}, micro-batches {args.accumulate}, seed {args.seed}, "
+          f"AdamW {args.lr:g}, weight decay 0.05, clip 1, 100 steps of warm-up, linear decay; features hidden in "
+          f"{100 * args.hide_features:g} % of pairs; the relation net alone for {args.relation_steps} steps", file=file)
+    print(f"{c.encoder}, {c.image_size} px, blocks {', '.join(map(str, c.blocks))}; {c.queries} queries, {c.layers} layers of {c.dim} (FFN "
+          f"{c.ffn_dim}), {c.pixel_dim} pixel channels: {count / 1e6:.1f} M weights from {args.init or 'scratch'}; {model.device}, {kind}, "
+          f"about {memory(args, model) / 2 ** 30:.1f} GiB a rank", file=file)
+    for s, (source, table) in enumerate(zip(pairs.sources, pairs.by_label)):
+        many, alone = sorted(table.items(), key=lambda item: -len(item[1])), pairs.alone(s)
+        good = sum(map(len, pairs.good[s].values()))
+        unit = "views" if source.fixed else "images"
+        line = ", ".join(f"{len(v)} {k}" for k, v in many[:6]) + (", ..." if len(many) > 6 else "")
+        print(f"  {source.name}: {100 * pairs.weights[s]:.0f} % of pairs, {len(source.index)} {unit}, {good} good, "
+              f"{len(table)} labels ({line})"
+              + (f"; {len(alone)} in one image only, as {alone[0]!r}: their pairs are two views of it" if alone else ""), file=file)
+
+
+def memory(args: argparse.Namespace, model: icas.ICAS) -> float:
+    """Bytes of one rank, roughly: the encoder, weights with gradients and two moments, and what a micro-batch keeps for its gradient."""
+    c, trained = model.config, sum(p.numel() for p in model.decoder.parameters())
+    tokens, pairs = (c.image_size // c.patch_size) ** 2, -(-args.batch_size // world() // args.accumulate)
+    numbers = 2 * model.encoder.cls_token.shape[-1] * len(c.blocks) + 16 * (c.pixel_dim + 4 * c.relation_dim) + 4 * c.queries * c.layers
+    # 3.5: measured on a CPU at 252 and 392 px, 2 to 6 pairs; backward keeps about so many copies
+    return 4 * sum(p.numel() for p in model.encoder.parameters()) + 16 * trained + 3.5 * 4 * pairs * tokens * numbers
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """From a published data set, as downloaded, to a manifest: one JSON record a line that points at the original files.
 
-    python -m data_prep mvtec --root DOWNLOADED_DIR --out DIR
+    python -m data_prep mvtec --root DOWNLOADED_DIR --out DIR        (NAME --help shows the folders that are expected)
     python train.py --data DIR ...        python evaluate.py --data DIR ...
 
     image      path, relative to the manifest; photographs are never copied

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import sys
 from pathlib import Path
+from typing import Iterable, Iterator
 
 from .common import check, write_manifest
 
@@ -13,35 +14,65 @@ NAMES = ("coco", "ade20k", "objects365", "realiad", "manta", "mvtec", "visa", "k
          "magnetic_tile", "folder")
 
 
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m data_prep", description="Make a manifest of a data set as it was downloaded. "
+                                     "NAME --help shows the folders that are expected.")
+    names = parser.add_subparsers(dest="name", required=True, metavar="NAME", help=", ".join(NAMES))
+    for name in NAMES:
+        reader = importlib.import_module(f".{name}", __package__)
+        sub = names.add_parser(name, description=inspect.getdoc(reader), formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub.add_argument("--root", type=Path, help="the downloaded folder" + (" (default: the package)" if name == "elpv" else ""))
+        sub.add_argument("--out", type=Path, required=True, help="folder for manifest.jsonl and for masks that have to be written")
+        sub.add_argument("--partial", action="store_true", help="accept missing files and other counts than the published ones")
+        getattr(reader, "add_arguments", lambda parser: None)(sub)
+    return parser
+
+
+def progress(records: Iterable[dict], name: str) -> Iterator[dict]:
+    """The records, with a count on a terminal."""
+    for number, record in enumerate(records):
+        if number % 100 == 0 and sys.stderr.isatty():
+            print(f"\r{name}: {number} records", end="", file=sys.stderr, flush=True)
+        yield record
+    if sys.stderr.isatty():
+        print("\r", end="\033[K", file=sys.stderr)
+
+
+def prepare(name: str, root: Path | None, out: Path, partial: bool, **extra) -> None:
+    """Write OUT/manifest.jsonl of a data set and print what was found."""
+    reader = importlib.import_module(f".{name}", __package__)
+    if root is None and name != "elpv":
+        raise ValueError(f"--root is missing: the downloaded folder; python -m data_prep {name} --help shows what it holds")
+    if root is not None and not root.is_dir():
+        raise FileNotFoundError(f"--root: no folder at {root}" + ("; unpack the archive first" if root.is_file() else ""))
+    lines: list[str] = []
+
+    def accept(counts: dict[str, int], missed: list[str]) -> None:
+        published = reader.published(root, **extra) if hasattr(reader, "published") else reader.PUBLISHED
+        lines.extend(check(counts, published, missed, partial))
+    counts = write_manifest(progress(reader.records(root, out, **extra), name), out, accept)
+    print(f"{out}/manifest.jsonl: " + ", ".join(f"{v} {k}" for k, v in counts.items() if not k.startswith("category ")))
+    for line in lines:
+        print("  " + line)
+
+
 def main(argv: list[str] | None = None) -> int:
-    first = argparse.ArgumentParser(prog="python -m data_prep", description="Make a manifest of a data set as it was downloaded.")
-    first.add_argument("name", choices=NAMES)
-    first.add_argument("--root", help="the downloaded folder (elpv: not needed, the package is read)")
-    first.add_argument("--out", required=True, help="folder for manifest.jsonl and for masks that have to be written")
-    first.add_argument("--partial", action="store_true", help="accept other counts than the published ones")
-    reader = None
-    known, _ = first.parse_known_args(argv)
-    reader = importlib.import_module(f".{known.name}", __package__)
-    getattr(reader, "add_arguments", lambda parser: None)(first)
-    args = first.parse_args(argv)
-    extra = {k: v for k, v in vars(args).items() if k not in ("name", "root", "out", "partial")}
+    args = vars(arguments().parse_args(argv))
+    name = args["name"]
     try:
-        if args.root is None and known.name != "elpv":
-            raise ValueError(f"--root is missing; {known.name} expects\n\n{inspect.getdoc(reader)}")
-        if args.root is not None and not Path(args.root).is_dir():
-            raise FileNotFoundError(f"--root: no folder at {args.root}")
-        counts = write_manifest(reader.records(args.root and Path(args.root), Path(args.out), **extra), Path(args.out))
-        print(f"{args.out}/manifest.jsonl: " + ", ".join(f"{v} {k}" for k, v in counts.items()))
-        try:
-            for line in check(counts, reader.PUBLISHED, args.partial):
-                print("  " + line)
-        except ValueError:
-            (Path(args.out) / "manifest.jsonl").unlink()  # an incomplete download leaves no manifest that looks whole
-            raise
-    except (ValueError, FileNotFoundError, KeyError) as error:
-        print(f"data_prep: {error}", file=sys.stderr)
-        return 2
-    return 0
+        prepare(**args)
+    except KeyError as error:
+        print(f"data_prep: {name}: an annotation lacks {error}; are its files those that were published?", file=sys.stderr)
+    except ImportError as error:
+        print(f'data_prep: {error}; pip install "icas[data]"', file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print("data_prep: " + " ".join(str(error).split()), file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"\ndata_prep: {name}: stopped, no manifest was written; run it again to go on", file=sys.stderr)
+        return 130
+    else:
+        return 0
+    return 2
 
 
 if __name__ == "__main__":

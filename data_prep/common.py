@@ -1,46 +1,172 @@
-"""What every reader uses: listing files, the manifest's writer and reader, splits, counts."""
+"""What every reader uses: files, images and masks, long JSON files, the manifest's writer and reader, splits, counts."""
 from __future__ import annotations
 
 import json
 import os
 import zlib
+from functools import lru_cache
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+
+
+# ---- Files -----------------------------------------------------------------------------------------------------------
 
 
 def images(folder: Path) -> list[Path]:
     """Images right in a folder, sorted by name; macOS's ._ files and broken links are not images."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder at {folder}")
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file())
+    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file())
+    odd = [p for p in found if p.name != os.fsencode(p.name).decode("utf-8", "replace")]
+    if odd:
+        raise ValueError(f"{os.fsencode(odd[0])!r}: the file name is not UTF-8; rename it")
+    return found
+
+
+def by_stem(folder: Path) -> dict[str, Path]:
+    """{name without its ending: path} of the images in a folder; empty where there is no folder."""
+    return {p.stem: p for p in images(folder)} if folder.is_dir() else {}
 
 
 def folders(root: Path) -> list[Path]:
-    """Sub-folders, sorted; hidden ones and links are left out (a link may lead back up)."""
-    return sorted(p for p in root.iterdir() if p.is_dir() and not p.is_symlink() and not p.name.startswith((".", "__")))
+    """Sub-folders, sorted, without hidden ones. Links count, but not those that lead back up."""
+    above = {root.resolve(), *root.resolve().parents}
+    return sorted(p for p in root.iterdir() if not p.name.startswith((".", "__")) and p.is_dir()
+                  and not (p.is_symlink() and p.resolve() in above))
+
+
+def first_folder(*choices: Path) -> Path:
+    """The first choice that is there, the last one if none is."""
+    return next((p for p in choices if p.is_dir()), choices[-1])
+
+
+def missing(path: Path) -> dict:
+    """Stands in for the record of a file that a list names and that is not there: `write_manifest` counts and names these."""
+    return {"missing": str(path)}
+
+
+def read_text(path: Path) -> str:
+    """A small text file; utf-8, with or without a byte order mark."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a UTF-8 text file ({error})") from error
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not a whole JSON file ({error}); get it again") from error
+
+
+def json_items(path: Path, *keys: str, chunk: int = 1 << 22) -> Iterator[tuple[str, Any]]:
+    """(key, element) of the lists under `keys` in a JSON file that is one object: flat memory, however long the lists are.
+
+    Objects365's annotations alone would take some 40 GB as Python objects.
+    """
+    decoder, text, at, end = json.JSONDecoder(), "", 0, False
+    with open(path, encoding="utf-8-sig") as file:
+        def more() -> None:
+            nonlocal text, at, end
+            block = file.read(max(chunk, len(text) - at))
+            text, at, end = text[at:] + block, 0, not block
+
+        def peek() -> str:
+            nonlocal at
+            while True:
+                while at < len(text) and text[at] in " \t\r\n,:":
+                    at += 1
+                if at < len(text):
+                    return text[at]
+                if end:
+                    raise ValueError("it ends too early")
+                more()
+
+        def value() -> Any:
+            nonlocal at
+            peek()
+            while True:
+                try:
+                    found, stop = decoder.raw_decode(text, at)
+                    if stop < len(text) or end:  # a number that touches the end of the block may go on in the next
+                        at = stop
+                        return found
+                except json.JSONDecodeError:
+                    if end:
+                        raise
+                more()
+
+        try:
+            if peek() != "{":
+                raise ValueError("expected an object")
+            at += 1
+            while peek() != "}":
+                key = value()
+                if peek() != "[":
+                    value()
+                    continue
+                at += 1
+                while peek() != "]":
+                    element = value()
+                    if key in keys:
+                        yield key, element
+                at += 1
+        except (json.JSONDecodeError, UnicodeDecodeError, ValueError) as error:
+            raise ValueError(f"{path}: not a whole JSON file ({error}); get it again") from error
+
+
+# ---- Images and masks ------------------------------------------------------------------------------------------------
 
 
 def size(path: Path) -> tuple[int, int]:
-    """(h, w) of an image file, read whole so that a truncated one is found now and not in the middle of a training."""
+    """(h, w) of an image file that the scripts can read: whole, 8 bits a channel.
+
+    JPEG and PNG are whole when their end mark is there, which costs no decoding; all others are read through.
+    """
     try:
         with Image.open(path) as image:
-            image.load()
+            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+                raise ValueError("16 bits or more a pixel, where black and white are anyone's guess; save it with 8")
+            if not is_whole(path, image.format):
+                image.load()
             return image.height, image.width
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable image ({error}); get it again") from error
+
+
+def is_whole(path: Path, format: str | None) -> bool:
+    """Whether the end mark is there; Pillow reads a JPEG whose rest is zeros without a word, so that is an error."""
+    mark = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(format or "")
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 64))
+        tail = file.read()
+    if mark and not tail.strip(b"\0"):
+        tail = path.read_bytes().rstrip(b"\0")[-64:]
+        if mark not in tail:
+            raise ValueError("it ends in zeros, as unfinished downloads do")
+    return bool(mark) and mark in tail
 
 
 def read_mask(path: Path, image: Path) -> np.ndarray:
     """(h, w) array of a mask file, of the image's size: grey levels, palette indices or 16-bit values; RGB must be grey."""
     shape = size(image)
-    size(path)
-    with Image.open(path) as mask:
-        array = np.array(mask.convert("RGB") if mask.mode in ("RGBA", "CMYK") else mask)
+    try:
+        with Image.open(path) as mask:
+            mode, lossy, array = mask.mode, mask.format == "JPEG", np.array(mask.convert("RGB") if mask.mode == "CMYK" else mask)
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable image ({error}); get it again") from error
+    if mode in ("LA", "PA", "RGBA", "La", "RGBa"):
+        raise ValueError(f"{path}: a mask with an alpha channel does not say what is marked; save it as a grey PNG")
+    if lossy and ((array > 0) & (array < 255)).any():
+        raise ValueError(f"{path}: JPEG blurs a mask's outline into values between 0 and 255; save it as PNG")
     if array.ndim == 3:
         if (array != array[..., :1]).any():
             raise ValueError(f"{path}: expected one value a pixel, got colours")
@@ -50,14 +176,55 @@ def read_mask(path: Path, image: Path) -> np.ndarray:
     return array
 
 
-def write_mask(path: Path, labels: np.ndarray) -> Path:
-    """Write an 8-bit label map unless it is there already; whole or not at all."""
-    if not path.is_file():
+def starts_black(path: Path) -> bool:
+    """Whether value 0 of a palette PNG is shown black: an optimiser may have swapped what is marked and what is not."""
+    with Image.open(path) as mask:
+        return mask.mode != "P" or (mask.getpalette() or [0, 0, 0])[:3] == [0, 0, 0]
+
+
+def write_png(path: Path, array: np.ndarray, source: Path) -> Path:
+    """Write an 8-bit grey PNG, whole or not at all, unless one is there that is newer than the file it was made from."""
+    if not path.is_file() or path.stat().st_mtime < source.stat().st_mtime:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
-        Image.fromarray(labels.astype(np.uint8)).save(part, format="PNG")
+        Image.fromarray(array.astype(np.uint8)).save(part, format="PNG")
         part.replace(path)
-    return path
+    return path.resolve()
+
+
+def rle(mask: np.ndarray) -> dict:
+    """COCO's compressed run lengths of a bool (h, w) array: {"size": [h, w], "counts": text}."""
+    from pycocotools import mask as coco
+    return as_text(coco.encode(np.asfortranarray(mask.astype(np.uint8))))
+
+
+def merge(codes: list[dict]) -> dict:
+    """The union of run lengths of one size."""
+    from pycocotools import mask as coco
+    return codes[0] if len(codes) == 1 else as_text(coco.merge(codes))
+
+
+def as_text(code: dict) -> dict:
+    """pycocotools gives `counts` as bytes, JSON needs text."""
+    return {"size": [int(n) for n in code["size"]], "counts": code["counts"].decode("ascii")}
+
+
+def area(code: dict) -> int:
+    from pycocotools import mask as coco
+    return int(coco.area(code))
+
+
+def painted(image: Path, split: str, masks: dict[str, dict]) -> dict:
+    """The record of an image with {label: run lengths}, the largest first: what is painted later lies on top."""
+    record = {"image": str(image), "labels": {}, "split": split, "group": image.stem}
+    if not masks:
+        return record
+    order = sorted(masks, key=lambda name: (-area(masks[name]), name))
+    numbered = {str(i): name for i, name in enumerate(order, start=1)}
+    return record | {"mask": {i: masks[name] for i, name in numbered.items()}, "labels": numbered}
+
+
+# ---- Splits ----------------------------------------------------------------------------------------------------------
 
 
 def split_of(group: str, share: float = 0.75) -> str:
@@ -65,31 +232,65 @@ def split_of(group: str, share: float = 0.75) -> str:
     return "train" if zlib.crc32(group.encode()) / 2 ** 32 < share else "test"
 
 
-def write_manifest(records: Iterable[dict], out: Path) -> dict[str, int]:
-    """Write OUT/manifest.jsonl from records with absolute paths; a stopped run leaves none. Returns counts; memory stays flat."""
+# ---- Manifest --------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4096)
+def relative(folder: str, base: str) -> str:
+    return os.path.relpath(folder, base).replace(os.sep, "/")
+
+
+def write_manifest(records: Iterable[dict], out: Path, accept: Callable[[dict[str, int], list[str]], None] = lambda counts, missed: None,
+                   ) -> dict[str, int]:
+    """Write OUT/manifest.jsonl from records with absolute paths, in flat memory. returns counts.
+
+    accept  is called with the counts and the first missing files before the manifest gets its name; what it raises leaves none.
+    Counts: images, masks, good, bad, missing, groups (that follow each other), the same by split ("train bad") and category.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    base, part = out.resolve(), out / "manifest.jsonl.part"
+    base, part = str(out.resolve()), out / "manifest.jsonl.part"
     counts: dict[str, int] = {}
-    seen: dict[str, set] = {"categories": set(), "labels": set()}
+    labels: set[str] = set()
+    missed: list[str] = []
     before = None
-    with open(part, "w", encoding="utf-8") as file:
-        for record in records:
-            paths = {k: os.path.relpath(record[k], base).replace(os.sep, "/") for k in ("image", "mask") if isinstance(record.get(k), str)}
-            file.write(json.dumps(record | paths, ensure_ascii=False) + "\n")
-            bad = "mask" in record or record.get("anomalous", False)
-            for key in ("images", record["split"], "masks" if "mask" in record else "", "bad" if bad else "good",
-                        f"{record['split']} {'bad' if bad else 'good'}"):
-                if key:
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            for record in records:
+                if "missing" in record:
+                    counts["missing"] = counts.get("missing", 0) + 1
+                    missed += [record["missing"]] if len(missed) < 5 else []
+                    continue
+                file.write(line_of(record, base))
+                for key in kinds_of(record) + (["groups"] if record["group"] != before else []):
                     counts[key] = counts.get(key, 0) + 1
-            counts["groups"] = counts.get("groups", 0) + (record["group"] != before)   # readers give a group's records one after another
-            before = record["group"]
-            seen["categories"].add(record.get("category", ""))
-            seen["labels"].update(record.get("labels", {}).values())
-    if not counts:
-        part.unlink()
-        raise ValueError(f"{out}: no record was found; is --root the downloaded folder?")
-    part.replace(out / "manifest.jsonl")
-    return counts | {k: len(v - {""}) for k, v in seen.items()}
+                labels.update(record.get("labels", {}).values())
+                before = record["group"]
+        if not set(counts) - {"missing"}:
+            raise ValueError(f"{out}: no record was found; is --root the downloaded folder?"
+                             + "".join(f" {m} is missing" for m in missed[:1]))
+        counts |= {"labels": len(labels), "categories": sum(key.startswith("category ") for key in counts)}
+        accept(counts, missed)
+        part.replace(out / "manifest.jsonl")
+    finally:
+        part.unlink(missing_ok=True)
+    return counts
+
+
+def line_of(record: dict, base: str) -> str:
+    """One line of a manifest in folder `base`: `image` and `mask` relative to it."""
+    paths = {}
+    for key in ("image", "mask"):
+        if isinstance(record.get(key), str):
+            folder, name = os.path.split(record[key])
+            paths[key] = f"{relative(folder, base)}/{name}"
+    return json.dumps(record | paths, ensure_ascii=False) + "\n"
+
+
+def kinds_of(record: dict) -> list[str]:
+    """What a record counts as."""
+    kind = "bad" if "mask" in record or record.get("anomalous") else "good"
+    kinds = ["images", kind, record["split"], f"{record['split']} {kind}"] + ["masks"] * ("mask" in record)
+    return kinds + ([f"category {record['category']}"] if "category" in record else [])
 
 
 def stream(path: Path) -> Iterator[dict]:
@@ -100,11 +301,15 @@ def stream(path: Path) -> Iterator[dict]:
                 yield json.loads(line)
 
 
-def check(counts: dict[str, int], published: dict[str, int], partial: bool) -> list[str]:
+def check(counts: dict[str, int], published: dict[str, int], missed: list[str], partial: bool) -> list[str]:
     """Lines that compare what was found with what was published. Raises ValueError on a difference unless `partial`."""
     lines = [f"{key}: {counts.get(key, 0)}" + ("" if want == counts.get(key, 0) else f", published {want}")
              for key, want in published.items()]
     wrong = [line for line in lines if "published" in line]
+    if missed:
+        more = counts["missing"] - len(missed)
+        wrong.append(f"{counts['missing']} files are missing: " + ", ".join(missed) + (f" and {more} more" if more else ""))
+        lines.append(wrong[-1])
     if wrong and not partial:
         raise ValueError("counts differ from the published ones: " + "; ".join(wrong) + ". Get what is missing, or pass --partial")
     return lines

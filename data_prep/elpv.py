@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Iterator
 
+from .common import read_text, size
+
 PUBLISHED = {"images": 2223, "good": 1508, "bad": 715}
 
 
@@ -23,11 +25,12 @@ def records(root: Path | None = None, out: Path | None = None) -> Iterator[dict]
     data = next((p for p in places if (p / "labels.csv").is_file()), None)
     if data is None:
         raise FileNotFoundError(f"elpv: no data/labels.csv below {root}")
-    for line in (data / "labels.csv").read_text().splitlines():
+    for line in read_text(data / "labels.csv").splitlines():
         name, probability, _ = line.split()
-        if probability in ("0.0", "1.0"):
+        if float(probability) in (0, 1):
             image = data / name
             if not image.is_file():
                 raise FileNotFoundError(f"elpv: {image} is missing")
+            size(image)
             record = {"image": str(image), "labels": {}, "split": "test", "group": image.stem}
-            yield record | {"anomalous": True} if probability == "1.0" else record
+            yield record | ({"anomalous": True} if float(probability) else {})

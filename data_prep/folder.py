@@ -5,15 +5,16 @@
     ROOT/CATEGORY/test/TYPE/*.png                   ROOT/mask/*.png      same stem as in bad/, also with _mask
     ROOT/CATEGORY/ground_truth/TYPE/*_mask.png
 
-The first is described at https://www.mvtec.com/company/research/datasets/mvtec-ad (readme.txt of the download). Masks are used where
-they lie: every value but 0 is the defect. A bad image without a mask is kept as "anomalous".
+The first is described at https://www.mvtec.com/company/research/datasets/mvtec-ad (readme.txt of the download) and in anomalib's
+docs, https://anomalib.readthedocs.io. ROOT may be one category. Masks are used where they lie: every value but 0 is the defect. A bad
+image without a mask is kept as "anomalous".
 """
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Iterator
 
-from .common import folders, images, read_mask, size, split_of
+from .common import by_stem, first_folder, folders, images, read_mask, size, split_of, starts_black
 
 PUBLISHED: dict[str, int] = {}
 
@@ -21,13 +22,12 @@ PUBLISHED: dict[str, int] = {}
 def records(root: Path, out: Path | None = None) -> Iterator[dict]:
     """Records with absolute paths; nothing is written."""
     root = Path(root).resolve()
-    if (root / "good").is_dir():
+    if (root / "good").is_dir() or (root / "bad").is_dir():
         yield from flat(root)
         return
-    categories = [root] if (root / "train").is_dir() or (root / "test").is_dir() else folders(root)
     found = False
-    for category in categories:
-        if (category / "test").is_dir() or (category / "train").is_dir():
+    for category in [root] if is_category(root) else folders(root):
+        if is_category(category):
             found = True
             yield from mvtec_category(category)
     if not found:
@@ -35,38 +35,38 @@ def records(root: Path, out: Path | None = None) -> Iterator[dict]:
                          f"{[p.name for p in folders(root)][:8]}")
 
 
+def is_category(folder: Path) -> bool:
+    return (folder / "train").is_dir() or (folder / "test").is_dir()
+
+
 def mvtec_category(category: Path) -> Iterator[dict]:
     for split in ("train", "test"):
         for kind in folders(category / split) if (category / split).is_dir() else []:
+            masks = by_stem(category / "ground_truth" / kind.name)
             for image in images(kind):
-                record = {"image": str(image), "labels": {}, "split": split, "group": image.relative_to(category.parent).as_posix(),
-                          "category": category.name}
-                if kind.name == "good":
-                    size(image)
-                    yield record
-                else:
-                    yield record | marked(image, category / "ground_truth" / kind.name, kind.name)
+                group = image.relative_to(category.parent).as_posix()
+                yield part(image, split, group, category.name) | ({} if kind.name == "good" else marked(image, masks, kind.name))
 
 
 def flat(root: Path) -> Iterator[dict]:
+    masks = by_stem(first_folder(root / "mask", root / "masks"))
     for kind in ("good", "bad"):
         for image in images(root / kind) if (root / kind).is_dir() else []:
             name = image.relative_to(root).as_posix()
-            record = {"image": str(image), "labels": {}, "split": split_of(name) if kind == "good" else "test", "group": name,
-                      "category": root.name}
-            if kind == "good":
-                size(image)
-                yield record
-            else:
-                yield record | marked(image, root / "mask", "defect")
+            split = split_of(name) if kind == "good" else "test"
+            yield part(image, split, name, root.name) | ({} if kind == "good" else marked(image, masks, "defect"))
 
 
-def marked(image: Path, folder: Path, label: str) -> dict:
-    """The mask of a bad image, if there is one that marks anything."""
-    if folder.is_dir():
-        for mask in images(folder):
-            if mask.stem in (image.stem, image.stem + "_mask"):
-                if read_mask(mask, image).any():
-                    return {"mask": str(mask), "labels": {"*": label}}
-                break
-    return {"anomalous": True}
+def part(image: Path, split: str, group: str, category: str) -> dict:
+    size(image)
+    return {"image": str(image), "labels": {}, "split": split, "group": group, "category": category}
+
+
+def marked(image: Path, masks: dict[str, Path], label: str) -> dict:
+    """What the mask of a bad image adds to its record, if there is one that marks anything."""
+    mask = masks.get(f"{image.stem}_mask") or masks.get(image.stem)
+    if mask is None or not read_mask(mask, image).any():
+        return {"anomalous": True}
+    if not starts_black(mask):
+        raise ValueError(f"{mask}: value 0 of its palette is not black, so what is marked is unclear; save it as a grey PNG")
+    return {"mask": str(mask), "labels": {"*": label}}

@@ -2,41 +2,48 @@
 
     ROOT/kos01/Part0.jpg, ROOT/kos01/Part0_label.bmp (0 where there is nothing)
 
-kos26 and kos34 repeat the images of kos01 and kos27 under other labels, and kos21/Part7 is kos21/Part6: left out. `--strips 3` cuts
-each image into three equal parts along its longer side, as the few-shot protocol does.
+kos26 and kos34 repeat the images of kos01 and kos27 under other labels, and kos21/Part7 is kos21/Part6: left out, 383 images with 50
+cracks remain. `--strips 3` cuts each image into three equal parts along its longer side, as the few-shot protocol does.
 """
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Iterator
 
-from .common import folders, images, read_mask
+from .common import by_stem, folders, missing, read_mask
 
-PUBLISHED = {"images": 383}  # without the repeated ones; times --strips
-REPEATED = {"kos26", "kos34"}
+PUBLISHED = {"images": 383, "masks": 50}
+REPEATED = {("kos26", None), ("kos34", None), ("kos21", "Part7")}
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("--strips", type=int, default=1, help="equal parts of each image (few-shot protocol: 3)")
+    parser.add_argument("--strips", type=int, default=1, help="equal parts of each image (default 1; few-shot protocol: 3)")
+
+
+def published(root: Path, strips: int) -> dict[str, int]:
+    return PUBLISHED if strips == 1 else {"images": 383 * strips}
 
 
 def records(root: Path, out: Path, strips: int = 1) -> Iterator[dict]:
-    PUBLISHED["images"] = 383 * strips
+    if strips < 1:
+        raise ValueError(f"--strips: expected at least 1, got {strips}")
     for item in folders(root.resolve()):
-        if not item.name.startswith("kos") or item.name in REPEATED:
-            continue
-        for image in images(item):
-            if image.stem.endswith("_label") or (item.name, image.stem) == ("kos21", "Part7"):
+        files = by_stem(item) if item.name.startswith("kos") else {}
+        for stem, image in files.items():
+            if stem.endswith("_label") or {(item.name, None), (item.name, stem)} & REPEATED:
                 continue
-            mask = next((p for p in images(item) if p.stem == image.stem + "_label"), None)
+            mask = files.get(f"{stem}_label")
             if mask is None:
-                raise FileNotFoundError(f"{image.with_name(image.stem + '_label.bmp')} is missing")
+                yield missing(item / f"{stem}_label.bmp")
+                continue
             array = read_mask(mask, image)
-            h, w = array.shape
-            for part in range(strips):
-                start, stop = max(h, w) * part // strips, max(h, w) * (part + 1) // strips
-                y0, y1, x0, x1 = (start, stop, 0, w) if h >= w else (0, h, start, stop)
-                record = {"image": str(image), "labels": {}, "split": "test", "group": item.name}
-                if strips > 1:
-                    record["box"] = [x0, y0, x1, y1]
-                yield record | {"mask": str(mask), "labels": {"*": "crack"}} if array[y0:y1, x0:x1].any() else record
+            for box in cuts(*array.shape, strips):
+                x0, y0, x1, y1 = box
+                record = {"image": str(image), "labels": {}, "split": "test", "group": item.name} | ({"box": box} if strips > 1 else {})
+                yield record | ({"mask": str(mask), "labels": {"*": "crack"}} if array[y0:y1, x0:x1].any() else {})
+
+
+def cuts(h: int, w: int, strips: int) -> list[list[int]]:
+    """Boxes [x0, y0, x1, y1] of equal strips along the longer side."""
+    edges = [max(h, w) * i // strips for i in range(strips + 1)]
+    return [[0, a, w, b] if h >= w else [a, 0, b, h] for a, b in zip(edges, edges[1:])]

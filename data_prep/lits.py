@@ -1,30 +1,46 @@
 """Liver CT: LiTS, https://competitions.codalab.org/competitions/17094
 
-    ROOT/volume-0.nii ... volume-130.nii and ROOT/segmentation-0.nii ...      512 x 512 x N; 1 liver, 2 tumour
+    ROOT/Training Batch 1/volume-0.nii ... ROOT/Training Batch 2/volume-130.nii, segmentation-N.nii beside or in a folder of their own
 
-Also .nii.gz, and also in sub-folders.
-
-Axial slices with liver, every third; -200 to 250 HU becomes black to white. Slices of one patient share a group.
+512 x 512 x N; segmentation 1 liver, 2 tumour. Also .nii.gz. The folders below ROOT don't matter: they differ from copy to copy, the names
+do not (GitHub search for segmentation-130.nii). Axial slices with liver, every third; -200 to 250 HU becomes black to white. Slices of
+one patient share a group; three quarters of the patients are "train". Also BMAD's slices (data_prep/bmad.py).
 """
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Iterator
 
+from . import bmad
+from .common import missing
 from .volumes import slices
 
 PUBLISHED = {"groups": 131}  # volumes; the number of slices depends on --every
+NAME = re.compile(r"(volume|segmentation)-(\d+)\.nii(\.gz)?$")
 
 
 def add_arguments(parser) -> None:
     parser.add_argument("--every", type=int, default=3, help="take every so many slices (default 3)")
 
 
+def published(root: Path, every: int) -> dict[str, int]:
+    return bmad.COUNTS["lits"] if bmad.find(root) else PUBLISHED
+
+
 def records(root: Path, out: Path, every: int = 3) -> Iterator[dict]:
-    files = sorted(p for p in root.resolve().glob("**/volume-*.nii*") if not p.name.startswith("."))
-    for image in sorted(files, key=lambda p: int(p.name.split("-")[1].split(".")[0])):
-        seg = next((p for p in root.resolve().glob(f"**/{image.name.replace('volume', 'segmentation')}")), None)
-        if seg is None:
-            raise FileNotFoundError(f"{image.with_name(image.name.replace('volume', 'segmentation'))} is missing")
-        yield from slices(image.name.split(".")[0], image, seg, out, "tumour", every, grey=lambda s: 255 * (s.astype(float) + 200) / 450,
-                          defect=lambda labels: labels == 2, wanted=lambda labels, s: (labels > 0).any())
+    root = root.resolve()
+    if bmad.find(root):
+        yield from bmad.records(root, "tumour")
+        return
+    found: dict[str, dict[int, Path]] = {"volume": {}, "segmentation": {}}
+    for path in sorted(root.glob("**/*.nii*")):  # ** does not follow links
+        if match := NAME.match(path.name):
+            found[match[1]][int(match[2])] = path
+    for number, image in sorted(found["volume"].items()):
+        if number in found["segmentation"]:
+            yield from slices(f"volume-{number}", image, found["segmentation"][number], out, "tumour", every,
+                              grey=lambda s: 255 * (s.astype(float) + 200) / 450, defect=lambda labels: labels == 2,
+                              wanted=lambda labels, s: (labels > 0).any())
+        else:
+            yield missing(image.with_name(image.name.replace("volume", "segmentation")))

@@ -1,88 +1,137 @@
 """Objects365 v2, boxes only; SAM turns them into masks (Sec. 3.3). https://www.objects365.org/download.html
 
-    ROOT/{train,val}/patch0/objects365_v2_00900001.jpg, ROOT/annotations/zhiyuan_objv2_{train,val}.json (COCO's format, boxes x y w h)
+    ROOT/{train,val}/patch0/objects365_v2_00900001.jpg        also ROOT/{train,val}/images/{v1,v2}/patch0/...
+    ROOT/annotations/zhiyuan_objv2_{train,val}.json           also in ROOT/{train,val}/; COCO's format, boxes x y w h in pixels
 
-Each image's masks are kept in OUT/sam/PATCH/NAME.json as soon as they are made: a run that was stopped goes on there. Masks whose IoU SAM
-itself estimates below --quality, and those that fill less than a third of their box, are left out.
+Folders: MMDetection's guide to the data of MM-Grounding-DINO. Three images of the train list were never published (MMDetection,
+mmdet/datasets/objects365.py). Every box's mask is kept in OUT/sam/PATCH/NAME.json as soon as its image is done: a run that was stopped
+goes on there, and --quality can be changed without asking SAM again. Left out: crowds, boxes thinner than a pixel, masks whose IoU SAM
+itself estimates below --quality, and those that fill less than a third of their box. The list of 25 million boxes is never held whole.
 """
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from array import array
+from pathlib import Path, PurePosixPath
 from typing import Iterator, Sequence
 
 import numpy as np
 
-from .coco import record, rle
-from .common import size
+from .common import first_folder, json_items, merge, missing, painted, read_json, rle, size
 
-PUBLISHED = {"images": 1742289 + 80000}
+PUBLISHED = {"images": 1742289 + 80000, "train": 1742289, "test": 80000}
+NEVER_PUBLISHED = {"objects365_v2_00908726.jpg", "objects365_v1_00320532.jpg", "objects365_v1_00320534.jpg"}
+FILL = 1 / 3  # least share of its box that a mask covers
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("--sam", default="facebook/sam-vit-huge", help="SAM checkpoint for transformers: a name or a folder")
+    parser.add_argument("--sam", required=True, help="SAM checkpoint for transformers: a folder, or a name such as facebook/sam-vit-huge")
     parser.add_argument("--quality", type=float, default=0.88, help="least IoU that SAM estimates of a mask (default 0.88)")
     parser.add_argument("--batch-size", type=int, default=32, help="boxes at once (default 32)")
     parser.add_argument("--device", default="cuda", help="cuda, cpu, mps (default cuda)")
 
 
-def records(root: Path, out: Path, sam: str = "facebook/sam-vit-huge", quality: float = 0.88, batch_size: int = 32,
-            device: str = "cuda") -> Iterator[dict]:
+def records(root: Path, out: Path, sam: str, quality: float = 0.88, batch_size: int = 32, device: str = "cuda") -> Iterator[dict]:
     root, model = root.resolve(), None
-    for split, name in (("train", "train"), ("test", "val")):
-        path = root / "annotations" / f"zhiyuan_objv2_{name}.json"
-        if not path.is_file():
-            continue
-        data = json.loads(path.read_text())
-        names = {c["id"]: c["name"] for c in data["categories"]}
-        boxes: dict[int, list[dict]] = {}
-        for entry in data["annotations"]:
-            if not entry.get("iscrowd"):
-                boxes.setdefault(entry["image_id"], []).append(entry)
-        for info in data["images"]:
-            image = root / name / Path(info["file_name"]).parent.name / Path(info["file_name"]).name
+    lists = {name: path for name in ("train", "val") if (path := annotations_of(root, name)).is_file()}
+    if not lists:
+        raise FileNotFoundError(f"{annotations_of(root, 'train')} is missing")
+    remember_sam(out, sam)
+    for name, path in lists.items():
+        boxes = Boxes(path)
+        for _, info in json_items(path, "images"):
+            listed = PurePosixPath(info["file_name"])
+            if listed.name in NEVER_PUBLISHED:
+                continue
+            image = first_folder(root / name / listed.parent.name, root / name / listed.parent) / listed.name
             kept = out / "sam" / image.parent.name / f"{image.stem}.json"
+            if not image.is_file():
+                yield missing(image)
+                continue
             if not kept.is_file():
-                mine = boxes.get(info["id"], [])
-                found = {}
-                if mine:
-                    model = model or load_sam(sam, device)
-                    found = masks_of(model, image, [e["bbox"] for e in mine], [names[e["category_id"]] for e in mine], quality, batch_size)
                 size(image)
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                part = kept.with_suffix(".part")
-                part.write_text(json.dumps(found))
-                part.replace(kept)
-            yield record(image, split, json.loads(kept.read_text()))
+                corners, labels = boxes.of(info["id"])
+                if corners:
+                    model = model or load_sam(sam, device)
+                write_json(kept, masks_of(model, image, corners, labels, batch_size) if corners else [])
+            good: dict[str, list[dict]] = {}
+            for label, score, fill, code in read_json(kept):
+                if score >= quality and fill >= FILL:
+                    good.setdefault(label, []).append(code)
+            yield painted(image, "train" if name == "train" else "test", {label: merge(codes) for label, codes in sorted(good.items())})
+
+
+def annotations_of(root: Path, name: str) -> Path:
+    return first_folder(root / "annotations", root / name) / f"zhiyuan_objv2_{name}.json"
+
+
+def remember_sam(out: Path, sam: str) -> None:
+    """Masks of two checkpoints are never mixed in one folder."""
+    place = out / "sam" / "checkpoint.json"
+    if place.is_file() and read_json(place) != Path(sam).name:
+        raise ValueError(f"--sam: the masks in {place.parent} are by {read_json(place)!r}, not {Path(sam).name!r}; choose another --out")
+    write_json(place, Path(sam).name)
+
+
+def write_json(path: Path, content) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content))
+    part.replace(path)
+
+
+class Boxes:
+    """All boxes of a list by image, 28 bytes each (25 million of them in the train list)."""
+
+    def __init__(self, path: Path):
+        self.names: dict[int, str] = {}
+        images, kinds, corners = array("q"), array("i"), array("f")
+        for key, entry in json_items(path, "annotations", "categories"):
+            if key == "categories":
+                self.names[entry["id"]] = entry["name"]
+                continue
+            x, y, w, h = entry["bbox"]
+            if not entry.get("iscrowd") and w >= 1 and h >= 1:
+                images.append(entry["image_id"]), kinds.append(entry["category_id"]), corners.extend((x, y, x + w, y + h))
+        order = np.argsort(np.frombuffer(images, np.int64), kind="stable") if images else np.zeros(0, np.int64)
+        self.images = np.frombuffer(images, np.int64)[order] if images else order
+        self.kinds = np.frombuffer(kinds, np.int32)[order] if images else order
+        self.corners = np.frombuffer(corners, np.float32).reshape(-1, 4)[order] if images else np.zeros((0, 4), np.float32)
+
+    def of(self, image: int) -> tuple[list[list[float]], list[str]]:
+        """Corners (x0, y0, x1, y1) and labels of an image's boxes."""
+        start, stop = np.searchsorted(self.images, [image, image + 1])
+        return self.corners[start:stop].tolist(), [self.names[int(k)] for k in self.kinds[start:stop]]
 
 
 def load_sam(checkpoint: str, device: str):
     """(model, processor) of transformers."""
+    import torch
     from transformers import SamModel, SamProcessor
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device: {device} is not there; --device cpu takes minutes an image with sam-vit-huge")
     return SamModel.from_pretrained(checkpoint).to(device).eval(), SamProcessor.from_pretrained(checkpoint)
 
 
-def masks_of(sam, image: Path, boxes: Sequence[Sequence[float]], labels: Sequence[str], quality: float, batch_size: int) -> dict[str, dict]:
-    """Label -> RLE of the union of its boxes' masks; boxes (x, y, w, h) in pixels. The image is encoded once."""
+def masks_of(sam, image: Path, corners: Sequence[Sequence[float]], labels: Sequence[str], batch_size: int) -> list[list]:
+    """[label, IoU that SAM estimates, share of the box that is filled, run lengths] of each box. The image is encoded once."""
     import torch
     from PIL import Image
     model, processor = sam
+    found: list[list] = []
     with Image.open(image) as opened:
         pixels = opened.convert("RGB")
-    whole: dict[str, np.ndarray] = {}
-    corners = [[x, y, x + w, y + h] for x, y, w, h in boxes]
-    with torch.inference_mode():
-        inputs = processor(pixels, return_tensors="pt").to(model.device)
-        embedding = model.get_image_embeddings(inputs["pixel_values"])
+    with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+        inputs = processor(pixels, input_boxes=[list(corners)], return_tensors="pt")
+        boxes = inputs["input_boxes"].to(model.device, torch.float32)
+        embedding = model.get_image_embeddings(inputs["pixel_values"].to(model.device))
         for start in range(0, len(corners), batch_size):
-            part = corners[start:start + batch_size]
-            prompt = processor(pixels, input_boxes=[part], return_tensors="pt")
-            output = model(image_embeddings=embedding, input_boxes=prompt["input_boxes"].to(model.device, torch.float32), multimask_output=False)
+            stop = start + batch_size
+            output = model(image_embeddings=embedding, input_boxes=boxes[:, start:stop], multimask_output=False)
             resize = processor.image_processor.post_process_masks
-            masks = resize(output.pred_masks.float().cpu(), prompt["original_sizes"], prompt["reshaped_input_sizes"])[0][:, 0].numpy()
-            scores = output.iou_scores[0, :, 0].tolist()
-            for (x0, y0, x1, y1), label, mask, score in zip(part, labels[start:], masks, scores):
-                inside = mask[int(y0):int(np.ceil(y1)), int(x0):int(np.ceil(x1))].sum()
-                if score >= quality and inside >= (x1 - x0) * (y1 - y0) / 3:
-                    whole[label] = whole.get(label, False) | mask
-    return {label: rle(mask) for label, mask in sorted(whole.items())}
+            masks = resize(output.pred_masks.float(), inputs["original_sizes"], inputs["reshaped_input_sizes"])[0][:, 0].cpu().numpy()
+            scores = output.iou_scores[0, :, 0].float().tolist()
+            for (x0, y0, x1, y1), label, mask, score in zip(corners[start:stop], labels[start:stop], masks, scores):
+                inside = mask[max(0, int(y0)):int(np.ceil(y1)), max(0, int(x0)):int(np.ceil(x1))].sum()
+                found.append([label, round(score, 4), round(float(inside / ((x1 - x0) * (y1 - y0))), 4), rle(mask)])
+    return found

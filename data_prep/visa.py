@@ -1,10 +1,11 @@
-"""VisA: 12 objects, https://github.com/amazon-science/spot-diff (VisA_20220922.tar)
+"""VisA: 12 objects, https://github.com/amazon-science/spot-diff (VisA_20220922.tar; counts: its README)
 
     ROOT/candle/Data/Images/{Normal,Anomaly}/0000.JPG, ROOT/candle/Data/Masks/Anomaly/000.png
     ROOT/candle/image_anno.csv       image,label,mask: label "normal", or the defect types, with commas between several
     ROOT/split_csv/1cls.csv          object,split,label,image,mask: the one-class split
 
-Types come from image_anno.csv. A mask's values are not the same from object to object: every value but 0 is the defect.
+Types come from image_anno.csv. A mask's values are not the same from object to object: every value but 0 is the defect. Without
+split_csv three quarters of the good images are "train".
 """
 from __future__ import annotations
 
@@ -12,31 +13,35 @@ import csv
 from pathlib import Path
 from typing import Iterator
 
-from .common import folders, read_mask, size
+from .common import folders, missing, read_mask, read_text, size, split_of
 
-PUBLISHED = {"images": 10821, "good": 9621, "bad": 1200, "masks": 1200, "categories": 12}
+PUBLISHED = {"images": 10821, "good": 9621, "bad": 1200, "masks": 1200, "categories": 12} | {
+    f"category {name}": 100 + good for name, good in dict(
+        candle=1000, capsules=602, cashew=500, chewinggum=503, fryum=500, macaroni1=1000, macaroni2=1000, pcb1=1004, pcb2=1001, pcb3=1006,
+        pcb4=1005, pipe_fryum=500).items()}
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(read_text(path).splitlines()))
 
 
 def records(root: Path, out: Path) -> Iterator[dict]:
     root = root.resolve()
     splits = {}
     if (root / "split_csv" / "1cls.csv").is_file():
-        with open(root / "split_csv" / "1cls.csv", newline="") as file:
-            splits = {row["image"]: row["split"] for row in csv.DictReader(file)}
+        splits = {row["image"]: row["split"] for row in table(root / "split_csv" / "1cls.csv")}
     for category in folders(root):
-        if not (category / "image_anno.csv").is_file():
-            continue
-        with open(category / "image_anno.csv", newline="") as file:
-            for row in csv.DictReader(file):
-                image = root / row["image"]
-                if not image.is_file():
-                    raise FileNotFoundError(f"{category / 'image_anno.csv'}: {row['image']} is missing")
-                record = {"image": str(image), "labels": {}, "split": splits.get(row["image"], "test"), "group": row["image"],
-                          "category": category.name}
-                if row["label"] == "normal":
-                    size(image)
-                    yield record
-                else:
-                    mask = root / row["mask"]
-                    read_mask(mask, image)
-                    yield record | {"mask": str(mask), "labels": {"*": ", ".join(t.strip() for t in row["label"].split(","))}}
+        for row in table(category / "image_anno.csv") if (category / "image_anno.csv").is_file() else []:
+            image, mask, good = root / row["image"], root / (row["mask"] or ""), row["label"] == "normal"
+            if not image.is_file() or not good and not mask.is_file():
+                yield missing(mask if image.is_file() else image)
+                continue
+            split = splits.get(row["image"]) or (split_of(row["image"]) if good and not splits else "test")
+            record = {"image": str(image), "labels": {}, "split": split, "group": row["image"], "category": category.name}
+            if good:
+                size(image)
+            elif read_mask(mask, image).any():
+                record |= {"mask": str(mask), "labels": {"*": ", ".join(t.strip() for t in row["label"].split(","))}}
+            else:
+                record |= {"anomalous": True}
+            yield record

@@ -1,6 +1,14 @@
-"""data_prep: each reader on a miniature of the published layout; the writer, the counts and hostile input."""
+"""data_prep: each reader on a miniature of the published layout; the writer, the counts and hostile input.
+
+python -m tests.test_data_prep 10000000 writes, streams and samples a manifest of that many records and prints seconds and memory.
+"""
 import json
 import os
+import subprocess
+import sys
+import tempfile
+import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +17,9 @@ from PIL import Image
 
 import data_prep.__main__ as main
 from data_prep import common
-from train import FreshViews, choose, named, read_manifest, read_record
+from train import FreshViews, choose, manifest_lines, named, read_manifest, read_record
 
 coco = pytest.importorskip("pycocotools.mask")
-evaluate = pytest.importorskip("evaluate", reason="needs scikit-learn")
 RNG = np.random.default_rng(0)
 SPOT = (slice(4, 8), slice(6, 12))  # 24 pixels
 
@@ -24,119 +31,192 @@ def picture(path: Path, h=16, w=20) -> Path:
 
 
 def marks(path: Path, h=16, w=20, value=255, spot=SPOT) -> np.ndarray:
+    """Write a mask that marks `spot`; returns it as bool."""
     array = np.zeros((h, w), np.uint8)
     array[spot] = value
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(path)
-    return array
+    return array > 0
 
 
-def mvtec(root, category="bottle"):
-    for name in ("train/good/000", "train/good/001", "test/good/000", "test/broken/000"):
+def run(name, root, out, *options):
+    return main.main([name, "--root", str(root), "--out", str(out), *map(str, options)])
+
+
+# Each builder makes a miniature and returns {image, below ROOT or OUT, with x0 of its window: (split, group, {label: mask}, known bad)};
+# a split of None is one that the group's name decides.
+
+
+def mvtec(root, category="bottle", base=""):
+    for name in ("train/good/000", "train/good/001", "test/good/000", "test/broken/000", "test/broken/001"):
         picture(root / category / f"{name}.png")
-    marks(root / category / "ground_truth/broken/000_mask.png")
+    mask = marks(root / category / "ground_truth/broken/000_mask.png")
+    rows = {"train/good/000": {}, "train/good/001": {}, "test/good/000": {}, "test/broken/000": {"broken": mask}, "test/broken/001": {}}
+    return {f"{base}{category}/{n}.png": (n[:n.index("/")], f"{category}/{n}.png", m, n == "test/broken/001") for n, m in rows.items()}
 
 
 def manta(root):
-    mvtec(root / "medicine", "capsule")
+    base = root / "groceries/coffee bean"
+    for name in ("train/good/1", "test-pixel/good/2", "test-pixel/cut/3"):
+        picture(base / f"{name}.png")
+    rows = {"train/good/1": {}, "test-pixel/good/2": {}, "test-pixel/cut/3": {"cut": marks(base / "test-pixel/mask/03_gt.png")}}
+    mine = {f"groceries/coffee bean/{n}.png": (n.split("/")[0].split("-")[0], f"coffee bean/{n}.png", m, False) for n, m in rows.items()}
+    return mine | mvtec(root / "medicine", "capsule", "medicine/")
 
 
-def flat(root):
+def folder(root):
     for name in ("good/a b", "good/ü", "bad/1", "bad/2"):
         picture(root / f"{name}.PNG")
-    marks(root / "mask/1.png", value=1)
+    mask = marks(root / "mask/1_mask.png", value=1)
+    return {"good/a b.PNG": (None, "good/a b.PNG", {}, False), "good/ü.PNG": (None, "good/ü.PNG", {}, False),
+            "bad/1.PNG": ("test", "bad/1.PNG", {"defect": mask}, False), "bad/2.PNG": ("test", "bad/2.PNG", {}, True)}
 
 
 def visa(root):
-    lines = ["image,label,mask", "candle/Data/Images/Normal/0000.JPG,normal,"]
-    lines += ['candle/Data/Images/Anomaly/000.JPG,"melt, wax",candle/Data/Masks/Anomaly/000.png']
-    picture(root / "candle/Data/Images/Normal/0000.JPG"), picture(root / "candle/Data/Images/Anomaly/000.JPG")
-    marks(root / "candle/Data/Masks/Anomaly/000.png", value=3)
-    (root / "candle/image_anno.csv").write_text("\n".join(lines))
+    good, bad = "candle/Data/Images/Normal/0000.JPG", "candle/Data/Images/Anomaly/000.JPG"
+    picture(root / good), picture(root / bad)
+    mask = marks(root / "candle/Data/Masks/Anomaly/000.png", value=3)
+    (root / "candle/image_anno.csv").write_text(f'image,label,mask\n{good},normal,\n{bad},"melt,wax",candle/Data/Masks/Anomaly/000.png\n')
     (root / "split_csv").mkdir()
-    (root / "split_csv/1cls.csv").write_text("object,split,label,image,mask\ncandle,train,normal,candle/Data/Images/Normal/0000.JPG,\n")
+    (root / "split_csv/1cls.csv").write_text(f"object,split,label,image,mask\ncandle,train,normal,{good},\n")
+    return {good: ("train", good, {}, False), bad: ("test", bad, {"melt, wax": mask}, False)}
 
 
 def kolektorsdd(root):
-    for item, part in (("kos01", 0), ("kos01", 1), ("kos21", 6), ("kos21", 7), ("kos26", 0)):
+    for item, part in (("kos01", 0), ("kos01", 1), ("kos21", 6), ("kos21", 7), ("kos26", 0), ("kos34", 0)):
         picture(root / item / f"Part{part}.jpg", 60, 20)
-        marks(root / item / f"Part{part}_label.bmp", 60, 20, spot=SPOT if part == 1 else (slice(0), slice(0)))
+        marks(root / item / f"Part{part}_label.bmp", 60, 20, value=0)
+    mask = marks(root / "kos01/Part1_label.bmp", 60, 20)
+    return {"kos01/Part0.jpg": ("test", "kos01", {}, False), "kos01/Part1.jpg": ("test", "kos01", {"crack": mask}, False),
+            "kos21/Part6.jpg": ("test", "kos21", {}, False)}
 
 
 def aitex(root):
-    picture(root / "Defect_images/0001_002_00.png", 256, 1024)
+    picture(root / "Defect_images/0001_002_00.png", 256, 1000)
     picture(root / "Defect_images/0044_019_04.png", 256, 1024)
-    picture(root / "NODefect_images/2306881-210020u/0003_000_01.png", 256, 512)
-    marks(root / "Mask_images/0001_002_00_mask.png", 256, 1024, spot=(slice(9, 13), slice(300, 306)))
-    marks(root / "Mask_images/0044_019_04_mask1.png", 256, 1024, spot=(slice(9, 13), slice(0, 6)))
-    marks(root / "Mask_images/0044_019_04_mask2.png", 256, 1024, spot=(slice(9, 13), slice(1000, 1006)))
+    picture(root / "Defect_images/0100_025_08.png", 256, 512)
+    scan = np.array(Image.open(picture(root / "NODefect_images/2306881-210020u/0003_000_01.png", 256, 512)))
+    scan[:, 256:] = 255
+    Image.fromarray(scan).save(root / "NODefect_images/2306881-210020u/0003_000_01.png")
+    one = marks(root / "Mask_images/0001_002_00_mask.png", 256, 1000, spot=(slice(9, 13), slice(990, 996)))
+    left = marks(root / "Mask_images/0044_019_04_mask1.png", 256, 1024, spot=(slice(9, 13), slice(0, 6)))
+    right = marks(root / "Mask_images/0044_019_04_mask2.png", 256, 1024, spot=(slice(9, 13), slice(1000, 1006)))
+    return {"Defect_images/0001_002_00.png#744": ("test", "0001_002_00", {"broken end": one[:, 744:]}, False),
+            "Defect_images/0044_019_04.png#0": ("test", "0044_019_04", {"fuzzy ball": left[:, :256]}, False),
+            "Defect_images/0044_019_04.png#768": ("test", "0044_019_04", {"fuzzy ball": right[:, 768:]}, False),
+            "NODefect_images/2306881-210020u/0003_000_01.png#0": ("test", "0003_000_01", {}, False)}
 
 
 def voc(root):
-    base = root / "VOCdevkit/VOC2012"
+    base, rows = root / "VOCdevkit/VOC2012", {}
     for stem, split in (("2007_000001", "train"), ("2007_000002", "val")):
         picture(base / f"JPEGImages/{stem}.jpg")
-        array = marks(base / f"SegmentationClass/{stem}.png", value=15)
+        person = marks(base / f"SegmentationClass/{stem}.png", value=15)
+        array = np.where(person, 15, 0).astype(np.uint8)
+        array[10:12] = 255  # void
         image = Image.fromarray(array, mode="P")
         image.putpalette([(37 * i) % 256 for i in range(768)])
         image.save(base / f"SegmentationClass/{stem}.png")
         (base / "ImageSets/Segmentation").mkdir(parents=True, exist_ok=True)
         (base / f"ImageSets/Segmentation/{split}.txt").write_text(stem + "\n")
+        rows[f"VOCdevkit/VOC2012/JPEGImages/{stem}.jpg"] = ("train" if split == "train" else "test", stem, {"person": person}, False)
+    return rows
 
 
 def ade20k(root):
+    rows = {}
     for split, stem in (("training", "ADE_train_00000001"), ("validation", "ADE_val_00000001")):
         picture(root / f"images/{split}/{stem}.jpg")
-        marks(root / f"annotations/{split}/{stem}.png", value=2)
-    (root / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tStuff\tName\n1\t0.1\t1\t1\t1\twall\n2\t0.1\t1\t1\t1\tbuilding, edifice\n")
+        mask = marks(root / f"annotations/{split}/{stem}.png", value=2)
+        rows[f"images/{split}/{stem}.jpg"] = ("train" if split == "training" else "test", stem, {"building": mask}, False)
+    lines = ("Idx Ratio Train Val Stuff Name", "1 0.1 1 1 1 wall", "2 0.1 1 1 1 building,_edifice")
+    (root / "objectInfo150.txt").write_text("\n".join(lines).replace(" ", "\t").replace("_", " ") + "\n")
+    return rows
+
+
+def spot() -> np.ndarray:
+    mask = np.zeros((16, 20), bool)
+    mask[SPOT] = True
+    return mask
 
 
 def instances(root, file_name="{}.jpg", names=("train2017", "val2017"), path="annotations/instances_{}.json"):
-    (root / "annotations").mkdir(parents=True)
-    for name in names:
-        data = {"categories": [{"id": 7, "name": "cat"}, {"id": 9, "name": "cup"}],
+    """Image 1 has a cat as a polygon, the same cat's tail as run lengths and a crowd; image 2 has nothing."""
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    tail = np.zeros((16, 20), bool)
+    tail[12:14, 2:4] = True
+    flat = tail.T.ravel()  # uncompressed: lengths of the runs down the columns, the first of zeros
+    runs = np.diff([0, *(np.flatnonzero(np.diff(flat)) + 1), flat.size]).tolist()
+    for name, tail_code in zip(names, ({"size": [16, 20], "counts": runs}, common.rle(tail))):
+        polygon = [[6, 4, 12, 4, 12, 8, 6, 8]]
+        data = {"info": {"images": [1]}, "annotations": [
+                    {"image_id": 1, "category_id": 7, "iscrowd": 0, "bbox": [6, 4, 6, 4], "segmentation": polygon},
+                    {"image_id": 1, "category_id": 9, "iscrowd": 1, "bbox": [0, 0, 9, 9], "segmentation": [[0, 0, 9, 0, 9, 9]]},
+                    {"image_id": 1, "category_id": 7, "iscrowd": 0, "bbox": [2, 12, 2, 2], "segmentation": tail_code}],
                 "images": [{"id": i, "file_name": file_name.format(i), "height": 16, "width": 20} for i in (1, 2)],
-                "annotations": [{"image_id": 1, "category_id": 7, "iscrowd": 0, "bbox": [6, 4, 6, 4], "segmentation": [[6, 4, 12, 4, 12, 8, 6, 8]]},
-                                {"image_id": 1, "category_id": 9, "iscrowd": 1, "bbox": [0, 0, 9, 9], "segmentation": [[0, 0, 9, 0, 9, 9]]}]}
+                "categories": [{"id": 7, "name": "cat"}, {"id": 9, "name": "cup"}]}
         (root / path.format(name)).write_text(json.dumps(data))
+    return spot() | tail
 
 
 def coco_instances(root):
-    instances(root)
-    for name in ("train2017", "val2017"):
+    mask, rows = instances(root), {}
+    for name, split in (("train2017", "train"), ("val2017", "test")):
         for i in (1, 2):
             picture(root / name / f"{i}.jpg")
+            rows[f"{name}/{i}.jpg"] = (split, str(i), {"cat": mask} if i == 1 else {}, False)
+    return rows
 
 
 def coco_panoptic(root):
-    picture(root / "train2017/1.jpg")
-    ids = np.zeros((16, 20, 3), np.uint8)
-    ids[SPOT] = (5, 1, 0)  # 5 + 256
-    (root / "annotations/panoptic_train2017").mkdir(parents=True)
-    Image.fromarray(ids).save(root / "annotations/panoptic_train2017/1.png")
-    data = {"categories": [{"id": 7, "name": "cat"}], "images": [{"id": 1, "file_name": "1.jpg"}],
-            "annotations": [{"image_id": 1, "file_name": "1.png", "segments_info": [{"id": 261, "category_id": 7, "iscrowd": 0}]}]}
-    (root / "annotations/panoptic_train2017.json").write_text(json.dumps(data))
+    rows = {}
+    for name, split in (("train2017", "train"), ("val2017", "test")):
+        picture(root / f"{name}/1.jpg")
+        ids = np.zeros((16, 20, 3), np.uint8)
+        ids[SPOT], ids[0], ids[15] = (5, 1, 0), (9, 0, 2), (3, 0, 0)  # 5 + 256, 9 + 2 * 65536, a crowd
+        (root / f"annotations/panoptic_{name}").mkdir(parents=True)
+        Image.fromarray(ids).save(root / f"annotations/panoptic_{name}/1.png")
+        segments = [{"id": 261, "category_id": 7, "iscrowd": 0}, {"id": 131081, "category_id": 8, "iscrowd": 0},
+                    {"id": 3, "category_id": 7, "iscrowd": 1}]
+        data = {"images": [{"id": 1, "file_name": "1.jpg"}], "categories": [{"id": 7, "name": "cat"}, {"id": 8, "name": "sky"}],
+                "annotations": [{"image_id": 1, "file_name": "1.png", "segments_info": segments}]}
+        (root / f"annotations/panoptic_{name}.json").write_text(json.dumps(data))
+        sky = np.zeros((16, 20), bool)
+        sky[0] = True
+        rows[f"{name}/1.jpg"] = (split, "1", {"cat": spot(), "sky": sky}, False)
+    return rows
 
 
 def realiad(root):
-    base = root / "realiad_256/audiojack"
-    files = {"OK/S0001/a_0001_OK_C1.jpg": None, "OK/S0001/a_0001_OK_C2.jpg": None, "NG/HS/S0002/a_0002_NG_HS_C1.jpg": "NG/HS/S0002/a_0002_NG_HS_C1.png",
-             "NG/HS/S0002/a_0002_NG_HS_C2.jpg": None}
-    entries = [{"category": "audiojack", "anomaly_class": "OK" if "OK" in i else "HS", "image_path": i, "mask_path": m} for i, m in files.items()]
-    for image, mask in files.items():
+    base, rows = root / "realiad_256/audiojack", {}
+    files = {"OK/S0001/a_0001_OK_C1.jpg": None, "OK/S0001/a_0001_OK_C2.jpg": None,
+             "NG/HS/S0002/a_0002_NG_HS_C1.jpg": "NG/HS/S0002/a_0002_NG_HS_C1.png", "NG/HS/S0002/a_0002_NG_HS_C2.jpg": None}
+    entries = [{"category": "audiojack", "anomaly_class": "OK" if "OK" in i else "HS", "image_path": i, "mask_path": m}
+               for i, m in files.items()]
+    for n, (image, mask) in enumerate(files.items()):
         picture(base / image)
-        if mask:
-            marks(base / mask)
+        shown = {"scratch": marks(base / mask)} if mask else {}
+        rows[f"realiad_256/audiojack/{image}"] = ("test" if n else "train", "audiojack/" + os.path.dirname(image), shown, False)
     (root / "realiad_jsons/realiad_jsons").mkdir(parents=True)
-    (root / "realiad_jsons/realiad_jsons/audiojack.json").write_text(json.dumps({"meta": {"prefix": "audiojack/"}, "train": entries[:1], "test": entries[1:]}))
+    lists = {"meta": {"prefix": "audiojack/"}, "train": entries[:1], "test": entries[1:]}
+    (root / "realiad_jsons/realiad_jsons/audiojack.json").write_text(json.dumps(lists))
+    return rows
 
 
-def oct(root):
-    for name in ("train/good/p1_0", "test/good/img/p2_0", "test/Ungood/img/p3_0", "test/Ungood/img/p3_1"):
-        picture(root / f"{name}.png")
-    marks(root / "test/Ungood/label/p3_0.png")
-    marks(root / "test/Ungood/label/p3_1.png", value=0)
+def bmad(root, label="lesion", inside="RESC", ungood="ungood", marked="label"):
+    base = root / inside
+    for name in ("train/good/p1_0", "test/good/img/p2_0", f"test/{ungood}/img/p3_0", f"test/{ungood}/img/p3_1"):
+        picture(base / f"{name}.png")
+    mask = marks(base / f"test/{ungood}/{marked}/p3_0.png")
+    marks(base / f"test/{ungood}/{marked}/p3_1.png", value=0)
+    at = f"{inside}/" if inside else ""
+    return {f"{at}train/good/p1_0.png": ("train", "p1", {}, False), f"{at}test/good/img/p2_0.png": ("test", "p2", {}, False),
+            f"{at}test/{ungood}/img/p3_0.png": ("test", "p3", {label: mask}, False),
+            f"{at}test/{ungood}/img/p3_1.png": ("test", "p3", {}, True)}
+
+
+def brats_slices(root):
+    return bmad(root, "tumour", "", "Ungood", "anomaly_mask")
 
 
 def nifti(path, array):
@@ -150,182 +230,418 @@ def brats(root):
     volume[..., 3:], seg[6:12, 8:12, 5] = 100, 4
     nifti(root / "BraTS2021_00000/BraTS2021_00000_flair.nii.gz", volume)
     nifti(root / "BraTS2021_00000/BraTS2021_00000_seg.nii.gz", seg)
+    return {"images/BraTS2021_00000_005.png": (None, "BraTS2021_00000", {"tumour": np.rot90(seg[..., 5]) > 0}, False)}
 
 
 def lits(root):
     volume, seg = np.full((20, 16, 9), -300, np.int16), np.zeros((20, 16, 9), np.uint8)
     seg[2:15, 2:15, 3:] = 1
     seg[6:12, 8:12, 6] = 2
-    nifti(root / "part1/volume-0.nii", volume)
-    nifti(root / "part2/segmentation-0.nii", seg)
+    nifti(root / "Training Batch 1/volume-0.nii", volume)
+    nifti(root / "Training Batch 2/segmentation-0.nii", seg)
+    return {"images/volume-0_003.png": (None, "volume-0", {}, False),
+            "images/volume-0_006.png": (None, "volume-0", {"tumour": np.rot90(seg[..., 6]) == 2}, False)}
 
 
 def magnetic_tile(root):
-    for kind, stem in (("Blowhole", "exp1_num_100"), ("Blowhole", "exp2_num_120"), ("Blowhole", "exp1_num_140"), ("Blowhole", "exp2_num_900"),
-                       ("Free", "exp1_num_7")):
+    rows = {}
+    for kind, stem, tile in (("Blowhole", "exp1_num_100", 1), ("Blowhole", "exp2_num_120", 1), ("Blowhole", "exp1_num_140", 2),
+                             ("Blowhole", "exp2_num_900", 3), ("Free", "exp1_num_7", 1)):
         picture(root / f"MT_{kind}/Imgs/{stem}.jpg")
-        marks(root / f"MT_{kind}/Imgs/{stem}.png", value=255 if kind != "Free" else 0)
+        mask = marks(root / f"MT_{kind}/Imgs/{stem}.png", value=255 if kind != "Free" else 0)
+        rows[f"MT_{kind}/Imgs/{stem}.jpg"] = ("test", f"{kind}_{tile}", {"blowhole": mask} if kind != "Free" else {}, False)
+    return rows
 
 
-# name: (builder, records, of which with a mask, labels, known bad without a mask, train)
-CASES = {"mvtec": (mvtec, 4, 1, {"broken"}, 0, 2), "manta": (manta, 4, 1, {"broken"}, 0, 2), "folder": (flat, 4, 1, {"defect"}, 1, None),
-         "visa": (visa, 2, 1, {"melt, wax"}, 0, 1), "kolektorsdd": (kolektorsdd, 3, 1, {"crack"}, 0, 0),
-         "aitex": (aitex, 5, 3, {"broken end", "fuzzy ball"}, 0, 0), "voc": (voc, 2, 2, {"person"}, 0, 1), "ade20k": (ade20k, 2, 2, {"building"}, 0, 1),
-         "coco": (coco_instances, 4, 2, {"cat"}, 0, 2), "coco ": (coco_panoptic, 1, 1, {"cat"}, 0, 1),
-         "realiad": (realiad, 4, 1, {"scratch"}, 0, 1), "oct": (oct, 4, 1, {"lesion"}, 1, 1), "brats": (brats, 1, 1, {"tumour"}, 0, None),
-         "lits": (lits, 2, 1, {"tumour"}, 0, None), "magnetic_tile": (magnetic_tile, 5, 4, {"blowhole"}, 0, 0)}
+CASES = {"mvtec": mvtec, "manta": manta, "folder": folder, "folder, MVTec": mvtec, "visa": visa, "kolektorsdd": kolektorsdd,
+         "aitex": aitex, "voc": voc, "ade20k": ade20k, "coco": coco_instances, "coco, panoptic": coco_panoptic, "realiad": realiad,
+         "oct": bmad, "brats": brats, "brats, BMAD": brats_slices, "lits": lits, "magnetic_tile": magnetic_tile}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_miniature_of_the_published_layout_becomes_records(name, tmp_path, capsys):
-    build, count, masked, labels, unmarked, train = CASES[name]
-    name = name.strip()
-    root, out = tmp_path / "raw data", tmp_path / "out"
-    build(root)
-    assert main.main([name, "--root", str(root), "--out", str(out), "--partial"]) == 0
+def shown_by(record) -> dict[str, np.ndarray]:
+    """{label: bool mask} of a record as train.py reads it."""
+    labels = read_record(record)[1].numpy()
+    return {label: labels == int(value) for value, label in named(record).items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_miniature_of_the_published_layout_becomes_exactly_these_records(case, tmp_path):
+    name, root, out = case.split(",")[0], tmp_path / "raw data", tmp_path / "out"
+    expected = CASES[case](root)
+    assert run(name, root, out, "--partial") == 0
     records = read_manifest(out)
-    assert len(records) == count and sum("mask" in r for r in records) == masked and sum(r.get("anomalous", False) for r in records) == unmarked
-    assert {t for r in records for t in named(r).values()} == labels
-    assert train is None or sum(r["split"] == "train" for r in records) == train
-    assert len({r["group"] for r in records}) >= 1 and all(Path(r["image"]).is_file() for r in records)
+    found = {}
     for record in records:
-        image, found = read_record(record)
-        if "mask" in record:  # every miniature marks the same 4 x 6 pixels, or 6 x 4 where slices are turned
-            assert int((found > 0).sum()) == 24
-    found = [r for rows in evaluate.read_source(str(out)).values() for r in rows]    # both scripts take it
-    evaluate.look(found)
-    assert len({r["name"] for r in found}) == count and sum(bool(r["shows"]) for r in found) == masked
-    source = FreshViews(name, choose(out, 0, 0, 0), 28, 14, True)
-    assert sum(bool(names) for names in source.shown()) == masked and source.view(0, np.random.default_rng(0)).pixels.shape == (3, 28, 28)
+        base = out if Path(record["image"]).resolve().is_relative_to(out) else root
+        key = Path(record["image"]).resolve().relative_to(base).as_posix() + (f"#{record['box'][0]}" if "box" in record else "")
+        assert key not in found
+        found[key] = record
+    assert found.keys() == expected.keys()
+    for key, (split, group, masks, bad) in expected.items():
+        record = found[key]
+        assert (record["split"], record["group"]) == (split or common.split_of(group), group) and record.get("anomalous", False) == bad
+        shown = shown_by(record)
+        assert shown.keys() == masks.keys() and ("mask" in record) == bool(masks)
+        for label, mask in masks.items():
+            np.testing.assert_array_equal(shown[label], mask)
     first = (out / "manifest.jsonl").read_text()
     assert str(tmp_path) not in first  # relative paths: the folder can move
-    assert main.main([name, "--root", str(root), "--out", str(out), "--partial"]) == 0 and (out / "manifest.jsonl").read_text() == first
+    written = {p: p.stat().st_mtime_ns for p in out.rglob("*.png")}
+    assert run(name, root, out, "--partial") == 0 and (out / "manifest.jsonl").read_text() == first
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*.png")} == written  # what is done is not done again
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not c.startswith("folder")])
+def test_the_counts_are_compared_with_the_published_ones(case, tmp_path, capsys, monkeypatch):
+    name, root, out = case.split(",")[0], tmp_path / "raw", tmp_path / "out"
+    rows = CASES[case](root)
+    assert run(name, root, out) == 2
+    told = capsys.readouterr().err
+    assert "counts differ from the published ones" in told and told.count("\n") == 1 and not list(out.glob("manifest*"))
     reader = main.importlib.import_module(f"data_prep.{name}")
-    if reader.PUBLISHED and name != "elpv":
-        capsys.readouterr()
-        assert main.main([name, "--root", str(root), "--out", str(tmp_path / "strict")]) == 2
-        assert "counts differ from the published ones" in capsys.readouterr().err and not (tmp_path / "strict/manifest.jsonl").exists()
+    bad = sum(bool(m) or b for _, _, m, b in rows.values())
+    right = {"images": len(rows), "bad": bad, "good": len(rows) - bad}
+    monkeypatch.setattr(reader, "published", lambda root, **extra: right, raising=False)
+    assert run(name, root, out) == 0 and "published" not in capsys.readouterr().out
 
 
-def test_masks_agree_pixel_by_pixel(tmp_path):
-    root = tmp_path / "raw"
-    visa(root)
-    main.main(["visa", "--root", str(root), "--out", str(tmp_path / "out"), "--partial"])
-    record = next(r for r in read_manifest(tmp_path / "out") if "mask" in r)
-    expected = np.zeros((16, 20), bool)
-    expected[SPOT] = True
-    np.testing.assert_array_equal(read_record(record)[1].numpy() > 0, expected)
-    coco_panoptic(tmp_path / "coco")
-    main.main(["coco", "--root", str(tmp_path / "coco"), "--out", str(tmp_path / "out2"), "--partial"])
-    np.testing.assert_array_equal(read_record(read_manifest(tmp_path / "out2")[0])[1].numpy() > 0, expected)
+def test_the_scripts_take_every_manifest(tmp_path):
+    evaluate = pytest.importorskip("evaluate", reason="needs scikit-learn")
+    for case, build in CASES.items():
+        name, out = case.split(",")[0], tmp_path / f"{case} out"
+        rows = build(tmp_path / case)
+        run(name, tmp_path / case, out, "--partial")
+        found = [r for records in evaluate.read_source(str(out)).values() for r in records]
+        evaluate.look(found)
+        masked = sum(bool(m) for _, _, m, _ in rows.values())
+        assert len({r["name"] for r in found}) == len(rows) and sum(bool(r["shows"]) for r in found) == masked
+        assert {label for r in found for label in r["shows"]} == {label for _, _, m, _ in rows.values() for label in m}
+        source = FreshViews(name, choose(out, 0, 0, 0), 28, 14, True)
+        assert source.view(0, np.random.default_rng(0)).pixels.shape == (3, 28, 28)
 
 
-def test_groups_splits_and_windows(tmp_path):
-    for name, build in (("magnetic_tile", magnetic_tile), ("realiad", realiad), ("kolektorsdd", kolektorsdd), ("aitex", aitex)):
-        build(tmp_path / name)
-        extra = ["--strips", "3"] if name == "kolektorsdd" else []
-        assert main.main([name, "--root", str(tmp_path / name), "--out", str(tmp_path / f"{name} out"), "--partial", *extra]) == 0
-    of = lambda name: read_manifest(tmp_path / f"{name} out")  # noqa: E731
-    assert [r["group"] for r in of("magnetic_tile")] == ["Blowhole_1", "Blowhole_1", "Blowhole_2", "Blowhole_3", "Free_1"]
-    assert [r["group"] for r in of("realiad")] == ["audiojack/OK/S0001"] * 2 + ["audiojack/NG/HS/S0002"] * 2
-    strips = of("kolektorsdd")
-    assert len(strips) == 9 and sum("mask" in r for r in strips) == 1 and {r["group"] for r in strips} == {"kos01", "kos21"}
+def test_strips_of_kolektorsdd_are_thirds_of_an_image(tmp_path):
+    kolektorsdd(tmp_path / "raw")
+    assert run("kolektorsdd", tmp_path / "raw", tmp_path / "out", "--partial", "--strips", 3) == 0
+    strips = read_manifest(tmp_path / "out")
+    assert len(strips) == 9 and [r["box"] for r in strips if "mask" in r] == [[0, 0, 20, 20]]
     assert all(tuple(read_record(r)[0].shape) == (3, 20, 20) for r in strips)
-    for record in of("aitex"):
-        image, labels = read_record(record)
-        assert tuple(image.shape[1:]) == (256, 256) and ("mask" in record) == bool(labels.any())
+
+
+def test_of_masks_that_overlap_the_smaller_lies_on_top():
+    big, small = np.zeros((16, 20), bool), spot()
+    big[2:14, 3:18] = True
+    for names in (("a", "b"), ("b", "a")):
+        record = common.painted(Path("x.png"), "train", dict(zip(names, map(common.rle, (big, small)))))
+        image = Image.fromarray(np.zeros((16, 20, 3), np.uint8))
+        shown = shown_by(record | {"image": image})
+        np.testing.assert_array_equal(shown[names[1]], small)
+        np.testing.assert_array_equal(shown[names[0]], big & ~small)
+
+
+def test_a_written_mask_is_made_again_when_its_source_is_newer(tmp_path):
+    source = picture(tmp_path / "source.png")
+    path = common.write_png(tmp_path / "a/x.png", np.zeros((2, 2)), source)
+    common.write_png(path, np.ones((2, 2)), source)
+    assert not np.array(Image.open(path)).any()
+    os.utime(source, (time.time() + 60,) * 2)
+    common.write_png(path, np.ones((2, 2)), source)
+    assert np.array(Image.open(path)).all() and [p.name for p in (tmp_path / "a").iterdir()] == ["x.png"]
+
+
+def test_splits_are_decided_by_the_name_alone_and_about_three_to_one():
+    shares = [common.split_of(f"part {i}") for i in range(4000)]
+    assert 0.73 < shares.count("train") / 4000 < 0.77 and shares == [common.split_of(f"part {i}") for i in range(4000)]
 
 
 def test_elpv_is_read_from_the_package(tmp_path, capsys):
     pytest.importorskip("elpv_dataset")
     assert main.main(["elpv", "--out", str(tmp_path)]) == 0
     records = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
-    assert len(records) == 2223 and sum(r.get("anomalous", False) for r in records) == 715
-    assert (tmp_path / records[0]["image"]).resolve().is_file()
+    assert len(records) == len({r["group"] for r in records}) == 2223 and sum(r.get("anomalous", False) for r in records) == 715
+    assert (tmp_path / records[0]["image"]).resolve().is_file() and "published" not in capsys.readouterr().out
 
 
-def test_boxes_become_masks_with_sam_and_a_stopped_run_goes_on(tmp_path, monkeypatch):
-    transformers = pytest.importorskip("transformers")
-    from data_prep import objects365
-    instances(tmp_path, file_name="images/v2/patch0/{}.jpg", names=("train",), path="annotations/zhiyuan_objv2_{}.json")
-    for i in (1, 2):
-        picture(tmp_path / f"train/patch0/{i}.jpg")
-    vision = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_dim=32, output_channels=16, image_size=64, patch_size=16, window_size=2,
-                  global_attn_indexes=[1], num_pos_feats=8)
+# ---- Objects365 --------------------------------------------------------------------------------------------------------
+
+
+def tiny_sam(folder: Path):
+    """A randomly initialised SAM of 64 px, saved as a checkpoint."""
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    torch.manual_seed(0)
+    vision = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_dim=32, output_channels=16, image_size=64, patch_size=16,
+                  window_size=2, global_attn_indexes=[1], num_pos_feats=8)
     prompt = dict(hidden_size=16, image_embedding_size=4, image_size=64, patch_size=16, mask_input_channels=4)
     decoder = dict(hidden_size=16, mlp_dim=16, num_hidden_layers=1, num_attention_heads=2, iou_head_depth=1, iou_head_hidden_dim=16)
-    sam = transformers.SamModel(transformers.SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)).eval()
-    processor = transformers.SamProcessor(transformers.SamImageProcessor(size={"longest_edge": 64}, pad_size={"height": 64, "width": 64},
-                                                                         mask_size={"longest_edge": 16}, mask_pad_size={"height": 16, "width": 16}))
-    calls = []
-
-    def counted(*arguments):
-        calls.append(arguments)
-        return sam, processor
-    monkeypatch.setattr(objects365, "load_sam", counted)
-    out = tmp_path / "out"
-    run = lambda: list(objects365.records(tmp_path, out, quality=-1e9, device="cpu"))  # noqa: E731
-    stopped = objects365.records(tmp_path, out, quality=-1e9, device="cpu")
-    next(stopped)
-    stopped.close()                                      # killed after the first image
-    assert len(list(out.glob("sam/*/*.json"))) == 1 and len(calls) == 1
-    whole = run()
-    assert len(whole) == 2 and len(calls) == 1           # what was done is not done again, and the second has no box
-    assert run() == whole and whole[0]["group"] == "1"
-    sam.save_pretrained(tmp_path / "sam")
-    processor.save_pretrained(tmp_path / "sam")
-    monkeypatch.undo()                                   # end to end: the checkpoint from its folder, boxes to a manifest
-    command = ["objects365", "--root", str(tmp_path), "--out", str(tmp_path / "again"), "--sam", str(tmp_path / "sam"), "--device", "cpu", "--partial"]
-    assert main.main([*command, "--quality=-1e9"]) == 0
-    for record in read_manifest(tmp_path / "again"):
-        assert tuple(read_record(record)[0].shape) == (3, 16, 20)
+    config = transformers.SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
+    transformers.SamModel(config).save_pretrained(folder)
+    images = transformers.SamImageProcessor(size={"longest_edge": 64}, pad_size={"height": 64, "width": 64},
+                                            mask_size={"longest_edge": 16}, mask_pad_size={"height": 16, "width": 16})
+    transformers.SamProcessor(images).save_pretrained(folder)
+    return folder
 
 
-def test_hostile_files_are_handled_or_named(tmp_path, capsys):
-    def go(root):
-        return main.main(["folder", "--root", str(root), "--out", str(tmp_path / "out")])
-    flat(tmp_path / "a")
+@pytest.fixture
+def boxes(tmp_path):
+    """Three images with boxes, in the two known arrangements, and one of those that were never published."""
+    root = tmp_path / "raw"
+    (root / "annotations").mkdir(parents=True)
+    files = ["v1/patch0/o_1.jpg", "v1/patch0/o_2.jpg", "v2/patch16/objects365_v2_00908726.jpg", "v2/patch16/o_3.jpg"]
+    picture(root / "train/patch0/o_1.jpg"), picture(root / "train/patch0/o_2.jpg")
+    picture(root / "train/images/v2/patch16/o_3.jpg", 30, 12)
+    annotations = [{"image_id": i, "category_id": c, "iscrowd": 0, "bbox": [1.5 * i, 2, 5, 6]} for i in (4, 1) for c in (7, 9, 7)]
+    annotations += [{"image_id": 1, "category_id": 7, "iscrowd": 1, "bbox": [0, 0, 9, 9]},
+                    {"image_id": 1, "category_id": 7, "iscrowd": 0, "bbox": [0, 0, 0.2, 9]}]
+    images = [{"id": i, "file_name": f"images/{f}", "height": 16, "width": 20} for i, f in enumerate(files, start=1)]
+    data = {"images": images, "annotations": annotations, "categories": [{"id": 7, "name": "cat"}, {"id": 9, "name": "cup"}]}
+    (root / "annotations/zhiyuan_objv2_train.json").write_text(json.dumps(data))
+    return root
+
+
+def test_boxes_become_masks_with_sam_and_a_killed_run_goes_on(tmp_path, boxes, capsys, monkeypatch):
+    sam, out = tiny_sam(tmp_path / "sam-tiny"), tmp_path / "out"
+    from data_prep import objects365
+    monkeypatch.setattr(objects365, "FILL", 0)
+    options = ["--partial", "--sam", sam, "--device", "cpu", "--batch-size", 2]
+    whole = objects365.masks_of
+    asked = []
+
+    def killed(model, image, *rest):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(image.name)
+        return whole(model, image, *rest)
+    monkeypatch.setattr(objects365, "masks_of", killed)
+    assert run("objects365", boxes, out, *options, "--quality=-99") == 130
+    assert [p.name for p in sorted(out.glob("sam/patch*/*"))] == ["o_1.json", "o_2.json"] and not list(out.glob("manifest*"))
+
+    monkeypatch.setattr(objects365, "masks_of", lambda model, image, *rest: asked.append(image.name) or whole(model, image, *rest))
+    assert run("objects365", boxes, out, *options, "--quality=-99") == 0 and asked == ["o_1.jpg", "o_3.jpg"]
+    assert "missing" not in capsys.readouterr().out                              # what was never published is not asked for
+    records = {Path(r["image"]).name: r for r in read_manifest(out)}
+    assert list(records) == ["o_1.jpg", "o_2.jpg", "o_3.jpg"] and "mask" not in records["o_2.jpg"]
+    kept = json.loads((out / "sam/patch0/o_1.json").read_text())
+    assert [k[0] for k in kept] == ["cat", "cup", "cat"]                         # the crowd and the thin box are not there
+    parts = [coco.decode(code) > 0 for _, _, _, code in kept]
+    assert set(records["o_1.jpg"]["labels"].values()) == {"cat", "cup"}
+    values = {v: k for k, v in records["o_1.jpg"]["labels"].items()}
+    np.testing.assert_array_equal(coco.decode(records["o_1.jpg"]["mask"][values["cat"]]) > 0, parts[0] | parts[2])
+    for label, score, fill, code in kept:                                        # boxes are (2 .. 6.5) x (2 .. 8) here
+        assert fill == pytest.approx(coco.decode(code)[2:8, 1:7].sum() / 30, abs=1e-3)
+    np.testing.assert_array_equal(read_record(records["o_3.jpg"])[0].shape, (3, 30, 12))
+
+    monkeypatch.setattr(objects365, "FILL", 1 / 3)                               # filtered when read: SAM is not asked again
+    rows = [["cat", 0.9, 0.4, kept[0][3]], ["cup", 0.7, 0.9, kept[1][3]], ["cup", 0.9, 0.3, kept[2][3]]]
+    (out / "sam/patch0/o_1.json").write_text(json.dumps(rows))
+    assert run("objects365", boxes, out, *options) == 0 and len(asked) == 2
+    some = next(r for r in read_manifest(out) if r["image"].endswith("o_1.jpg"))
+    assert some["labels"] == {"1": "cat"} and some["mask"] == {"1": kept[0][3]}
+    capsys.readouterr()
+    assert run("objects365", boxes, out, *options[:2], tmp_path / "other", *options[3:]) == 2
+    assert "by 'sam-tiny', not 'other'" in capsys.readouterr().err
+
+
+def test_sam_gives_the_same_masks_in_batches_of_any_size(tmp_path, boxes):
+    from data_prep import objects365
+    model = objects365.load_sam(str(tiny_sam(tmp_path / "sam")), "cpu")
+    image, corners = boxes / "train/patch0/o_1.jpg", [[1.0, 2, 7, 9], [3, 1, 19, 15], [0, 0, 5, 5]]
+    one, all_ = (objects365.masks_of(model, image, corners, ["a", "b", "c"], n) for n in (1, 3))
+    assert [o[0] for o in one] == ["a", "b", "c"] and [o[3] for o in one] == [a[3] for a in all_]
+    np.testing.assert_allclose([o[1] for o in one], [a[1] for a in all_], atol=2e-4)
+
+
+# ---- Hostile input -----------------------------------------------------------------------------------------------------
+
+
+def told(capsys, root, name="folder", *options):
+    """The one line that a refused folder gives."""
+    capsys.readouterr()
+    assert run(name, root, root.parent / "refused", *options) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and line.startswith("data_prep: ") and not (root.parent / "refused/manifest.jsonl").exists()
+    return line
+
+
+def test_links_hidden_files_and_odd_names_are_handled(tmp_path):
+    folder(tmp_path / "a")
     (tmp_path / "a/good/._ü.png").write_bytes(b"macOS")
     os.symlink(tmp_path / "a", tmp_path / "a/good/loop")
-    os.symlink(tmp_path / "a", tmp_path / "a/up")
-    assert go(tmp_path / "a") == 0
-    whole = (tmp_path / "a/bad/1.PNG").read_bytes()
-    (tmp_path / "a/bad/1.PNG").write_bytes(whole[:len(whole) // 2])
-    capsys.readouterr()
-    assert go(tmp_path / "a") == 2 and "1.PNG: not a readable image" in capsys.readouterr().err
-    (tmp_path / "a/bad/1.PNG").write_bytes(whole)
-    marks(tmp_path / "a/mask/1.png", 9, 9)
-    assert go(tmp_path / "a") == 2 and "mask is (9, 9)" in capsys.readouterr().err
-    Image.fromarray((RNG.integers(0, 2, (16, 20)) * 60000).astype(np.uint16)).save(tmp_path / "a/mask/1.png")   # 16-bit
-    assert go(tmp_path / "a") == 0
-    Image.fromarray(RNG.integers(0, 256, (16, 20, 3), dtype=np.uint8)).save(tmp_path / "a/mask/1.png")
-    assert go(tmp_path / "a") == 2 and "got colours" in capsys.readouterr().err
+    os.symlink(tmp_path / "a/good/self.png", tmp_path / "a/good/self.png")
+    os.symlink(tmp_path / "nowhere.png", tmp_path / "a/good/broken.png")
+    assert run("folder", tmp_path / "a", tmp_path / "out a") == 0 and len(read_manifest(tmp_path / "out a")) == 4
+    mvtec(tmp_path / "store")
+    (tmp_path / "b").mkdir()
+    os.symlink(tmp_path / "store/bottle", tmp_path / "b/bottle")  # a category that lies elsewhere counts, a way back up does not
+    os.symlink(tmp_path, tmp_path / "b/up")
+    assert run("folder", tmp_path / "b", tmp_path / "out b") == 0 and len(read_manifest(tmp_path / "out b")) == 5
+    manta(tmp_path / "manta")
+    os.symlink(tmp_path / "manta/groceries", tmp_path / "manta/groceries/loop")
+    assert run("manta", tmp_path / "manta/groceries", tmp_path / "out m", "--partial") == 0 and len(read_manifest(tmp_path / "out m")) == 3
+    assert run("folder", tmp_path / "store/bottle", tmp_path / "out c") == 0 and len(read_manifest(tmp_path / "out c")) == 5
+    (tmp_path / "d/good").mkdir(parents=True)
+    os.rename(picture(tmp_path / "x.png"), os.fsencode(tmp_path / "d/good") + b"/\xff.png")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        common.write_manifest(main.importlib.import_module("data_prep.folder").records(tmp_path / "d"), tmp_path / "out d")
+
+
+def test_bad_images_and_masks_are_named(tmp_path, capsys):
+    root = tmp_path / "a"
+    folder(root)
+    image, mask = root / "bad/1.PNG", root / "mask/1_mask.png"
+    whole = image.read_bytes()
+    for cut in (0, 20, len(whole) // 2, len(whole) - 40):
+        image.write_bytes(whole[:cut])
+        assert "bad/1.PNG: not a readable image" in told(capsys, root)
+    Image.fromarray(np.zeros((16, 20), np.uint16)).save(image)
+    assert "bad/1.PNG: not a readable image (16 bits" in told(capsys, root)
+    image.write_bytes(whole)
+    marks(mask, 9, 9)
+    assert "1_mask.png: mask is (9, 9)" in told(capsys, root)
+    Image.fromarray(RNG.integers(0, 256, (16, 20, 3), dtype=np.uint8)).save(mask)
+    assert "1_mask.png: expected one value a pixel, got colours" in told(capsys, root)
+    Image.fromarray(np.full((16, 20, 4), 255, np.uint8)).save(mask)
+    assert "1_mask.png: a mask with an alpha channel" in told(capsys, root)
+    palette = Image.fromarray(1 - spot().astype(np.uint8), mode="P")
+    palette.putpalette([255, 255, 255, 0, 0, 0])
+    palette.save(mask)
+    assert "1_mask.png: value 0 of its palette is not black" in told(capsys, root)
+    palette = Image.fromarray(spot().astype(np.uint8), mode="P")
+    palette.putpalette([0, 0, 0, 128, 0, 0])
+    wide, rgb = (spot() * 60000).astype(np.uint16), np.repeat(spot()[..., None] * np.uint8(255), 3, axis=-1)
+    for good in (palette, Image.fromarray(wide), Image.fromarray(rgb), Image.fromarray(spot())):  # the last has one bit a pixel
+        good.save(mask)
+        assert run("folder", root, tmp_path / "out") == 0
+        record = next(r for r in read_manifest(tmp_path / "out") if "mask" in r)
+        np.testing.assert_array_equal(shown_by(record)["defect"], spot())
+    mask.rename(root / "mask/1_mask.jpg")
+    Image.fromarray(spot() * np.uint8(255)).save(root / "mask/1_mask.jpg")
+    assert "1_mask.jpg: JPEG blurs" in told(capsys, root)
+
+
+def test_every_truncated_picture_is_found_without_decoding_it(tmp_path):
+    for ending in ("jpg", "png", "bmp", "tif"):
+        path = picture(tmp_path / f"x.{ending}", 64, 64)
+        assert common.size(path) == (64, 64)
+        whole = path.read_bytes()
+        for share in (0.3, 0.7, 0.99):
+            path.write_bytes(whole[:int(len(whole) * share)])
+            with pytest.raises(ValueError, match=f"x.{ending}: not a readable image"):
+                common.size(path)
+        path.write_bytes(whole[:len(whole) // 2] + bytes(len(whole) - len(whole) // 2))  # a download that only reserved its place
+        if ending in ("jpg", "png"):
+            with pytest.raises(ValueError):
+                common.size(path)
+
+
+def test_wrong_folders_and_lists_are_named(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    assert go(tmp_path / "empty") == 2 and "expected good/" in capsys.readouterr().err
-    assert main.main(["mvtec", "--root", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 2 and "no folder" in capsys.readouterr().err
-    assert main.main(["visa", "--out", str(tmp_path / "out")]) == 2 and "image_anno.csv" in capsys.readouterr().err
+    assert "expected good/" in told(capsys, tmp_path / "empty") and "found []" in told(capsys, tmp_path / "empty")
+    for name in main.NAMES:
+        if name not in ("elpv", "objects365"):
+            told(capsys, tmp_path / "empty", name)
+    assert "train.json is missing" in told(capsys, tmp_path / "empty", "objects365", "--sam", "x")
+    assert "no folder at" in told(capsys, tmp_path / "nowhere", "mvtec")
+    (tmp_path / "x.tar").write_bytes(b"")
+    assert "unpack the archive first" in told(capsys, tmp_path / "x.tar", "mvtec")
+    assert main.main(["visa", "--out", str(tmp_path / "out")]) == 2 and "--root is missing" in capsys.readouterr().err
+    visa(tmp_path / "visa")
+    mask = tmp_path / "visa/candle/Data/Masks/Anomaly/000.png"
+    mask.unlink()
+    assert "1 files are missing" in (line := told(capsys, tmp_path / "visa", "visa")) and "Anomaly/000.png" in line
+    marks(mask, value=0)  # a bad image whose mask marks nothing is still bad
+    assert run("visa", tmp_path / "visa", tmp_path / "visa out", "--partial") == 0
+    assert [r.get("anomalous", False) for r in read_manifest(tmp_path / "visa out")] == [False, True]
+    coco_instances(tmp_path / "coco")
+    path = tmp_path / "coco/annotations/instances_train2017.json"
+    path.write_text(path.read_text()[:-40])
+    assert "instances_train2017.json: not a whole JSON file" in told(capsys, tmp_path / "coco", "coco")
+    realiad(tmp_path / "realiad")
+    path = tmp_path / "realiad/realiad_jsons/realiad_jsons/audiojack.json"
+    path.write_text(path.read_text().replace("mask_path", "mask"))
+    assert "lacks 'mask_path'" in told(capsys, tmp_path / "realiad", "realiad")
+    brats(tmp_path / "brats")
+    path = next((tmp_path / "brats").rglob("*_seg.nii.gz"))
+    path.write_bytes(path.read_bytes()[:100])
+    assert "_seg.nii.gz: not a readable NIfTI volume" in told(capsys, tmp_path / "brats", "brats")
+    ade20k(tmp_path / "ade")
+    marks(tmp_path / "ade/annotations/training/ADE_train_00000001.png", value=151)
+    assert "values [151] have no name" in told(capsys, tmp_path / "ade", "ade20k")
+    with pytest.raises(SystemExit) as stop:
+        main.main(["imagenet"])
+    assert stop.value.code == 2
 
 
-def test_a_stopped_run_leaves_no_half_manifest(tmp_path):
+def test_help_shows_the_folders_and_the_readers_own_options():
+    text = subprocess.run([sys.executable, "-m", "data_prep", "objects365", "--help"], capture_output=True, text=True, check=True).stdout
+    assert "zhiyuan_objv2_" in text and "--sam" in text and "--quality" in text
+
+
+# ---- Long lists --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 1 << 20])
+def test_json_is_read_in_pieces(tmp_path, chunk):
+    data = {"info": {"images": [1]}, "images": [{"id": 12, "n": "ü]}"}, {"id": 1.5e3}], "skip": [[1, 2], "]"], "numbers": [12, 345],
+            "empty": [], "annotations": [{"a": [1, 2, {"b": None}]}], "end": 12}
+    (tmp_path / "x.json").write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
+    wanted = ("images", "annotations", "numbers", "empty")
+    expected = [(key, element) for key in data if key in wanted for element in data[key]]
+    assert list(common.json_items(tmp_path / "x.json", *wanted, chunk=chunk)) == expected
+    whole = (tmp_path / "x.json").read_text()
+    (tmp_path / "x.json").write_text(whole[:-30])
+    with pytest.raises(ValueError, match="x.json: not a whole JSON file"):
+        list(common.json_items(tmp_path / "x.json", "images", chunk=chunk))
+
+
+def test_a_stopped_run_leaves_no_half_manifest_and_keeps_the_old_one(tmp_path):
+    record = {"image": str(tmp_path / "x.png"), "labels": {}, "split": "test", "group": "x"}
+
     def broken():
-        yield {"image": str(tmp_path / "x.png"), "labels": {}, "split": "test", "group": "x"}
+        yield record
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
         common.write_manifest(broken(), tmp_path / "out")
-    assert not (tmp_path / "out/manifest.jsonl").exists()
+    assert not list((tmp_path / "out").iterdir())
+    common.write_manifest([record], tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        common.write_manifest(broken(), tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["manifest.jsonl"]
 
 
 def test_records_stream_in_flat_memory(tmp_path):
-    import tracemalloc
-    many = ({"image": str(tmp_path / f"{i}.png"), "labels": {"1": "x"}, "split": common.split_of(str(i)), "group": str(i)} for i in range(20000))
+    many = ({"image": f"{tmp_path}/{i % 7}/{i}.png", "labels": {"1": "x"}, "split": "train", "group": str(i)} for i in range(20000))
     tracemalloc.start()
     counts = common.write_manifest(many, tmp_path)
     seen = sum(1 for _ in common.stream(tmp_path / "manifest.jsonl"))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert counts["images"] == seen == 20000 and peak < 6 * 2 ** 20  # held as dictionaries they take 15 MiB
-    from train import manifest_lines
+    assert counts["images"] == seen == 20000 and peak < 2 ** 20  # held as dictionaries they take 15 MiB
     lines = list(manifest_lines(tmp_path / "manifest.jsonl", 100))
     assert 90 <= len({json.loads(line)["group"] for _, line in lines}) <= 110          # spread over the file, each a whole line
     assert len(list(manifest_lines(tmp_path / "manifest.jsonl", None))) == 20000
-    assert 0.74 < counts["train"] / seen < 0.76
+
+
+def measure(number: int, folder: Path) -> None:
+    """Print what a manifest of so many records costs: to write, to stream, and to start from as train.py does."""
+    import resource
+    for i in range(50):
+        picture(folder / f"raw/patch{i}/x.jpg")
+    code = common.rle(spot())
+
+    def synthetic():
+        for i in range(number):
+            yield {"image": f"{folder}/raw/patch{i % 50}/x.jpg", "mask": {"1": code}, "labels": {"1": f"kind {i % 365}"},
+                   "split": "train", "group": str(i)}
+    for what, work in (("write", lambda: common.write_manifest(synthetic(), folder / "out")["images"]),
+                       ("stream", lambda: sum(1 for _ in common.stream(folder / "out/manifest.jsonl"))),
+                       ("sample 100,000 as train.py does", lambda: len(read_manifest(folder / "out", limit=100_000)))):
+        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.time()
+        count, seconds = work(), time.time() - start
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(f"{what}: {count} records, {seconds:.1f} s, peak {after / 1024:.0f} MiB ({(after - before) / 1024:+.0f})", flush=True)
+    print(f"{(folder / 'out/manifest.jsonl').stat().st_size / 1e6:.0f} MB")
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as place:
+        measure(int(sys.argv[1]), Path(place))

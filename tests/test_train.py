@@ -1,12 +1,15 @@
-"""train.py: pairs, caches, ranks, accumulation, resuming. As a script, `python tests/test_train.py 20` kills a training 20 times."""
+"""train.py: pairs, caches, ranks, accumulation, resuming. `python tests/test_train.py 20` kills a training twenty times.
+
+Trainings that are killed, or that talk to each other, run in processes forked from a server that has torch loaded: a start takes no time.
+"""
 import hashlib
 import json
+import multiprocessing
 import os
 import random
-import signal
-import subprocess
 import sys
 import time
+import unittest.mock
 from pathlib import Path
 
 import numpy as np
@@ -15,29 +18,24 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import icas
-import train
+sys.path.insert(0, HOME := str(Path(__file__).parents[1]))   # as a script, without installing
+import icas  # noqa: E402
+import train  # noqa: E402
 
-HOME = Path(icas.__file__).parent
 icas.ENCODERS["tiny14"] = (48, 4, 3)
-SHAPE = ["--encoder-name", "tiny14", "--image-size", "112", "--blocks", "2", "3", "4", "--queries", "12", "--dim", "32", "--layers", "1", "--ffn-dim",
-         "32", "--pixel-dim", "8", "--batch-size", "4", "--log-every", "2", "--device", "cpu"]
-RUNNER = """import sys, torch, icas
-torch.set_num_threads(1)
-icas.ENCODERS['tiny14'] = (48, 4, 3)
-icas.fast_bf16 = lambda device: False
-import train
-sys.exit(train.main(sys.argv[1:]))
-"""
+SHAPE = ["--encoder-name", "tiny14", "--image-size", "112", "--blocks", "2", "3", "4", "--queries", "12", "--dim", "32", "--layers", "1",
+         "--ffn-dim", "32", "--pixel-dim", "8", "--batch-size", "4", "--log-every", "2", "--device", "cpu", "--workers", "2"]
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["train"])
 
 
-def make_data(folder: Path, count: int = 6, name: str = "spots") -> Path:
+def make_data(folder: Path, count: int = 6, name: str = "spots", **more) -> Path:
     """Grey noise with one bright spot each, from `count` items, and two good ones."""
     rng, lines = np.random.default_rng(0), []
     (folder / name / "masks").mkdir(parents=True)
     for i in range(count + 2):
         image, mask = rng.integers(90, 140, (80, 90, 3), dtype=np.uint8), np.zeros((80, 90), np.uint8)
-        line = {"image": f"{i}.png", "labels": {}, "split": "train", "group": str(i)}
+        line = {"image": f"{i}.png", "labels": {}, "split": "train", "group": str(i)} | more
         if i < count:
             y, x = rng.integers(5, 60, 2)
             image[y:y + 15, x:x + 15], mask[y:y + 15, x:x + 15] = 250, 1
@@ -49,173 +47,324 @@ def make_data(folder: Path, count: int = 6, name: str = "spots") -> Path:
     return folder / name
 
 
-def make_encoder(folder: Path) -> str:
+def make_home(folder: Path) -> None:
+    make_data(folder)
     torch.manual_seed(0)
     save_file(icas.Encoder("tiny14").state_dict(), folder / "encoder.safetensors")
-    return str(folder / "encoder.safetensors")
 
 
 def arguments(folder: Path, out: Path, *more) -> list[str]:
-    return ["--stage", "anomaly", "--data", str(folder / "spots"), "--encoder", str(folder / "encoder.safetensors"), "--out", str(out), *SHAPE, *map(str, more)]
+    return ["--stage", "anomaly", "--data", str(folder / "spots"), "--encoder", str(folder / "encoder.safetensors"), "--out",
+            str(out), *SHAPE, *map(str, more)]
+
+
+def prepared(folder: Path, *more) -> train.Run:
+    return train.prepare(train.parser().parse_args(arguments(folder, folder / "out", *more)))
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    make_data(tmp_path)
-    make_encoder(tmp_path)
-    (tmp_path / "runner.py").write_text(RUNNER)
+    monkeypatch.setattr(icas, "fast_bf16", lambda device: False)
+    make_home(tmp_path)
     return tmp_path
 
 
-def start(home: Path, *args, **environment) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, str(home / "runner.py"), *args], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-                            env=os.environ | {"PYTHONPATH": str(HOME), "OMP_NUM_THREADS": "1"} | environment)
+def in_child(work, log: Path, environment: dict, *args) -> None:
+    """What a forked process does: `work(*args)`, one thread, no bf16, stderr into `log`."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    icas.fast_bf16 = lambda device: False
+    icas.save = exactly
+    sys.stderr = open(log, "w", buffering=1)
+    sys.exit(work(*args))
 
 
-def weights(out: Path) -> dict:
-    return load_file(out / "last.safetensors")
+def exactly(model: icas.ICAS, path: Path, training: dict) -> None:
+    """icas.save without rounding to fp16, so that bits can be compared."""
+    save_file(model.decoder.state_dict(), path, {"training": json.dumps(training)})
 
 
-def kill_until_done(home: Path, out: Path, kills: int, *more) -> int:
-    """Start, kill -9 at random moments `kills` times, then let it end. Returns how often a state was resumed."""
-    resumed, rng = 0, random.Random(0)
-    for turn in range(kills + 1):
-        process = start(home, *arguments(home, out, *more))
-        if turn < kills:
-            time.sleep(rng.uniform(2.0, 6.0))
-            process.send_signal(signal.SIGKILL)
-        resumed += "resumed at step" in process.communicate(timeout=300)[1]
-        if (out / "last.safetensors").is_file():
-            break
-    return resumed
+def start(work, log: Path, *args, **environment) -> multiprocessing.Process:
+    process = SERVER.Process(target=in_child, args=(work, log, environment, *args))
+    with unittest.mock.patch.dict(os.environ, PYTHONPATH=HOME):   # where the server finds train
+        process.start()
+    return process
+
+
+def ended(process: multiprocessing.Process, log: Path) -> None:
+    process.join(120)
+    assert process.exitcode == 0, log.read_text()
+
+
+def fingerprint(out: Path) -> str:
+    """SHA-256 of the weights in OUT/last.safetensors."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(load_file(out / "last.safetensors").items()):
+        found.update(name.encode() + tensor.numpy().tobytes())
+    return found.hexdigest()
+
+
+def kill_until_done(home: Path, out: Path, kills: int, longest: float, *more) -> tuple[int, int]:
+    """Start, kill -9 at a random moment, `kills` times; then let it end. Returns how many were killed, and how many resumed."""
+    killed, resumed, rng, log = 0, 0, random.Random(0), home / "killed.log"
+    while not (out / "last.safetensors").is_file():
+        process = start(train.main, log, arguments(home, out, *more))
+        if killed < kills:
+            began, state = time.time(), out / "state.pt"
+            before = state.stat().st_mtime_ns if state.is_file() else 0
+            while killed and time.time() - began < 20 and not (state.is_file() and state.stat().st_mtime_ns > before):
+                time.sleep(0.002)                                               # all but the first, at the start, get a step further
+            time.sleep(rng.uniform(0, longest))
+            process.kill()
+            process.join()
+            killed += process.exitcode == -9
+        else:
+            ended(process, log)
+        resumed += "resumed at step" in log.read_text()
+    return killed, resumed
 
 
 def test_a_killed_training_ends_with_the_same_bits(home):
-    more = ("--steps", 60, "--save-minutes", 0, "--synthetic", 2, "--cache", home / "views")
-    assert start(home, *arguments(home, home / "whole", *more)).wait(120) == 0
-    resumed = kill_until_done(home, home / "killed", 2, *more)
-    a, b = weights(home / "whole"), weights(home / "killed")
-    assert resumed and all(torch.equal(a[k], b[k]) for k in a)
+    more = ("--steps", 24, "--save-minutes", 0, "--synthetic", 2, "--cache", home / "views")
+    ended(start(train.main, home / "log", arguments(home, home / "whole", *more)), home / "log")
+    killed, resumed = kill_until_done(home, home / "killed", 3, 0.3, *more)
+    assert killed and resumed
+    assert fingerprint(home / "killed") == fingerprint(home / "whole")
     assert not list((home / "killed").glob("state*"))
+    logs = [[json.loads(line) for line in (home / name / "log.jsonl").read_text().splitlines()] for name in ("killed", "whole")]
+    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]] and logs[0][-1]["images_a_second"] > 0
+
+
+def share(home: str, path: str, *more) -> None:
+    """Three steps of plain gradient descent, which does not hide a gradient of another size; weights and losses into `path`."""
+    train.start_ranks("cpu") if "RANK" in os.environ else None
+    run, losses = prepared(Path(home), "--cache", f"{home}/views", "--hide-features", 0.5, *more), []
+    run.model.decoder.requires_grad_(True)
+    icas.fit(run.model, run.pairs, steps=3, lr=0.05, warmup=1, relation_steps=1, optimizer=torch.optim.SGD(run.model.decoder.parameters()),
+             callback=lambda step, parts, optimizer: losses.append(parts["loss"]))
+    torch.save((run.model.decoder.state_dict(), losses), path)
 
 
 def test_two_processes_equal_one_and_so_do_micro_batches(home):
-    more = ("--steps", 3, "--hide-features", 0.5, "--cache", home / "views")
-    assert start(home, *arguments(home, home / "one", *more)).wait(120) == 0
+    ended(start(share, home / "log", home, home / "one"), home / "log")
     base = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29700 + os.getpid() % 200)}
-    ranks = [start(home, *arguments(home, home / "two", *more), RANK=str(r), LOCAL_RANK=str(r), **base) for r in range(2)]
-    errors = [p.communicate(timeout=120)[1] for p in ranks]
-    assert [p.returncode for p in ranks] == [0, 0], errors
-    assert start(home, *arguments(home, home / "micro", *more, "--accumulate", 4)).wait(120) == 0
-    one = weights(home / "one")
-    for other in ("two", "micro"):
-        found = weights(home / other)
-        assert all(torch.allclose(one[k].float(), found[k].float(), atol=2e-4) for k in one), other   # fp16 on disk: 2^-12 near 0.25
-    logs = [[json.loads(line)["loss"] for line in (home / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two", "micro")]
-    np.testing.assert_allclose(logs[1], logs[0], rtol=1e-4)
-    np.testing.assert_allclose(logs[2], logs[0], rtol=1e-4)
+    ranks = [start(share, home / f"log{r}", home, home / f"rank{r}", RANK=str(r), **base) for r in range(2)]
+    micro = start(share, home / "log", home, home / "micro", "--accumulate", 3)
+    for process, log in zip((*ranks, micro), ("log0", "log1", "log")):
+        ended(process, home / log)
+    fresh = train.start_model(train.parser().parse_args(arguments(home, home / "out"))).decoder.state_dict()
+    one, losses = torch.load(home / "one")
+    moved = max(float((one[k] - fresh[k]).abs().max()) for k in one)
+    for name in ("rank0", "rank1", "micro"):
+        found, same = torch.load(home / name)
+        assert max(float((one[k] - found[k]).abs().max()) for k in one) < 1e-4 * moved, name
+        np.testing.assert_allclose(same, losses, rtol=1e-5)
 
 
-def test_cached_and_fresh_views_have_the_same_loss(home, monkeypatch):
-    args = train.parser().parse_args(arguments(home, home / "out", "--cache", home / "views"))
-    model = train.start_model(args)
-    cache, fresh = (train.open_sources(args, model, args.data, True, c)[0] for c in (True, False))
-    stored = cache.view(1)
-    again = train.finish(*train.augment(*train.read_record(fresh.records[1]), 112, np.random.default_rng([0, 1]), True), fresh.index[1]["names"], 8)
-    assert torch.equal(stored.labels, again.labels) and (stored.small - again.small).abs().max() < 0.01
-    losses = []
-    for target in (stored, again):
-        foreground = (target.labels == 1).float()
-        batch = train.collate([train.sides(target, foreground, 1 - foreground) | {"target": target, "wanted": {1}}], model)
-        losses.append(sum(icas.pair_loss(model, batch, torch.Generator().manual_seed(0)).values()).item())
-    assert losses[0] == pytest.approx(losses[1], rel=0.02)                     # fp16 features and 8-bit stem images
+def test_a_relation_step_moves_the_relation_net_alone(home):
+    run = prepared(home)
+    before = {k: v.clone() for k, v in run.model.decoder.state_dict().items()}
+    run.model.decoder.requires_grad_(True)
+    icas.fit(run.model, run.pairs, steps=1, warmup=1, relation_steps=1)
+    moved = {k.split(".")[0] for k, v in run.model.decoder.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved == {"relation"}
 
 
-def test_fresh_views_train_and_show_the_prompted_label(home, capsys):
+def test_cached_and_uncached_views_give_the_same_batches_and_losses(home):
+    more = ("--views", 2, "--synthetic", 2)
+    fresh, kept = (prepared(home, *more, *cache) for cache in ((), ("--cache", home / "views")))
+    assert [type(s) for s in kept.pairs.sources] == [train.ViewCache] * 2 and not (home / "out").exists()
+    for step in range(4):
+        one, other = fresh.pairs(step)[0], kept.pairs(step)[0]
+        for name in ("foreground", "background", "hidden", "moments"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+        assert torch.equal(one.target.small, other.target.small)
+        assert all(torch.equal(a.masks, b.masks) and torch.equal(a.classes, b.classes) for a, b in zip(one.truths, other.truths))
+        torch.testing.assert_close(one.reference, other.reference, atol=2e-3, rtol=1e-3)       # fp16
+        losses = [sum(icas.pair_loss(fresh.model, b, torch.Generator().manual_seed(0)).values()).item() for b in (one, other)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_without_a_number_of_views_every_draw_is_new_and_shows_the_label(home, capsys):
     assert train.main(arguments(home, home / "out", "--steps", 2, "--synthetic", 2)) == 0
     out = capsys.readouterr()
     assert "loader" in out.err and "images/s" in out.err and (home / "out" / "last.safetensors").is_file()
-    args = train.parser().parse_args(arguments(home, home / "out"))
-    source = train.open_sources(args, train.start_model(args), args.data, True, False)[0]
-    assert sum("spot" in source.view(i % 6, np.random.default_rng(i), "spot").names for i in range(24)) >= 23
+    source = prepared(home, "--steps", 2, "--synthetic", 2).pairs.sources[0]
+    views = [source.view(i % 6, np.random.default_rng(i), "spot") for i in range(24)]
+    assert sum("spot" in v.names for v in views) >= 23 and not torch.equal(views[0].pixels, views[6].pixels)
 
 
 def test_a_pair_does_not_depend_on_who_draws_it(home):
-    args = train.parser().parse_args(arguments(home, home / "out", "--cache", home / "views"))
-    model = train.start_model(args)
-    sources = train.open_sources(args, model, args.data, True, True)
-    whole = train.Pairs(sources, [1.0], {"spots"}, 4, 7, 0.5, 1, model)(3)[0]
-    parts = train.Pairs(sources, [1.0], {"spots"}, 4, 7, 0.5, 2, model, workers=3)(3)
-    for i, part in enumerate(parts):
-        assert torch.equal(part.reference, whole.reference[2 * i:2 * i + 2]) and torch.equal(part.hidden, whole.hidden[2 * i:2 * i + 2])
+    whole = prepared(home, "--hide-features", 0.5).pairs
+    parts = prepared(home, "--hide-features", 0.5, "--accumulate", 2, "--workers", 3).pairs
+    for step in (3, 4):
+        one, two = whole(step)[0], parts(step)
+        for i, part in enumerate(two):
+            assert torch.equal(part.foreground, one.foreground[2 * i:2 * i + 2]) and torch.equal(part.hidden, one.hidden[2 * i:2 * i + 2])
+            torch.testing.assert_close(part.reference, one.reference[2 * i:2 * i + 2])
 
 
-def test_the_dry_run_says_what_would_happen(home, capsys):
-    assert train.main(arguments(home, home / "out", "--dry-run")) == 0
-    said = capsys.readouterr().err
-    assert "anomaly: 5000 steps of 4 pairs, AdamW 0.0001" in said and "spots: 100 % of pairs, 8 images, 1 labels (6 spot)" in said
-    assert not (home / "out").exists()
+def test_normal_references_are_good_parts_of_the_same_object_and_labels_are_by_object(home):
+    manifest, second = home / "spots" / "manifest.jsonl", make_data(home, name="second", category="bolt")
+    lines = [json.loads(line) | {"category": "nut"} for line in manifest.read_text().splitlines()]
+    lines += [r | {"image": f"../second/{r['image']}", "group": f"b{r['group']}"} | ({"mask": f"../second/{r['mask']}"} if "mask" in r else {})
+              for r in map(json.loads, (second / "manifest.jsonl").read_text().splitlines())]
+    lines[7] |= {"anomalous": True}                                             # of the four without a mask, one is known to be bad
+    manifest.write_text("\n".join(map(json.dumps, lines)))
+    pairs = prepared(home).pairs
+    source = pairs.sources[0]
+    assert list(pairs.by_label[0]) == ["bolt spot", "nut spot"] and {k: len(v) for k, v in pairs.good[0].items()} == {"nut": 1, "bolt": 2}
+    drawn, view = [], source.view
+    source.view = lambda i, *more: drawn.append(i) or view(i, *more)
+    seen = 0
+    for i in range(60):
+        drawn.clear()
+        pair = pairs.draw(np.random.default_rng(i))
+        assert len({source.index[j]["category"] for j in drawn}) == 1
+        if not pair["foreground"].any() and len(drawn) > 1:
+            seen += 1
+            assert not source.index[drawn[1]]["names"] and pair["background"].min() > 0.999
+    assert seen > 3
+
+
+def test_the_dry_run_says_what_would_happen_and_writes_nothing(home, capsys):
+    assert train.main(arguments(home, home / "out", "--dry-run", "--cache", home / "views")) == 0
+    said = capsys.readouterr().out
+    assert "anomaly: 5000 steps, 4 pairs" in said and "AdamW 0.0001" in said and "GiB" in said
+    assert "spots: 100 % of pairs, 8 images, 2 good, 1 labels (6 spot)" in said
+    assert not (home / "out").exists() and not (home / "views").exists()
+
+
+def test_the_defaults_are_the_papers_recipe():
+    args = train.parser().parse_args(["--stage", "generic", "--data", "x", "--out", "y"])
+    assert (args.batch_size, args.lr, args.image_size, args.queries, args.layers, args.dim, args.ffn_dim, args.pixel_dim) == (
+        32, 1e-4, 518, 200, 6, 256, 2048, 256)
 
 
 def test_validation_prints_the_baselines_and_keeps_the_best(home, capsys):
     make_data(home, name="others")
-    more = ("--steps", 2, "--cache", home / "views", "--validate", home / "others", "--validate-every", 1, "--held-out", home / "others")
+    more = ("--steps", 2, "--validate", home / "others", "--validate-every", 1, "--held-out", home / "others")
     assert train.main(arguments(home, home / "out", *more)) == 0
     said = capsys.readouterr().err
-    assert "mean IoU icas" in said and "nearest patch" in said and "fusion: relation alone" in said and (home / "out" / "best.safetensors").is_file()
-    assert train.main(arguments(home, home / "o", "--cache", home / "views", "--validate", home / "spots")) == 2
+    assert "mean IoU icas" in said and "nearest patch" in said and "fusion: relation alone" in said
+    assert (home / "out" / "best.safetensors").is_file()
+    log = [json.loads(line) for line in (home / "out" / "log.jsonl").read_text().splitlines()]
+    assert set(log[-1]["validation"]) == {"icas", "nearest patch", "prototype"}
+    assert train.main(arguments(home, home / "o", "--validate", home / "spots")) == 2
+    one = make_data(home, count=1, name="one")
+    assert train.main(arguments(home, home / "o", "--validate", one)) == 2 and "no label is in two images" in capsys.readouterr().err
 
 
-def test_damaged_states_and_a_full_disk_cost_nothing(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "state.pt"
+def test_damaged_states_and_a_full_disk_cost_nothing(tmp_path, capsys):
+    resource, path = pytest.importorskip("resource"), tmp_path / "state.pt"
     for step in (1, 2):
-        train.write_state(path, {"step": step})
+        train.write_state(path, {"step": step, "w": torch.ones(9000)})
     assert train.read_state(path)["step"] == 2
-    path.write_bytes(path.read_bytes()[:20])
-    assert train.read_state(path)["step"] == 1 and "damaged" in capsys.readouterr().err
-    train.write_state(path, {"step": 3})
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    old = (tmp_path / "state.old").read_bytes()
+    for broken in (whole[:20], whole[:-100], b"", bytes(flipped)):
+        path.write_bytes(broken)
+        assert train.read_state(path)["step"] == 1 and "damaged" in capsys.readouterr().err
+        train.write_state(path, {"step": 3})
+        assert (tmp_path / "state.old").read_bytes() == old                    # a damaged state does not take the place of a whole one
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))                # writes fail half-way, as on a full disk
+    try:
+        train.write_state(path, {"step": 4, "w": torch.ones(9000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "could not be written" in capsys.readouterr().err and train.read_state(path)["step"] == 3
+    assert not path.with_suffix(".part").exists()
 
-    def full(state, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(torch, "save", full)
-    train.write_state(path, {"step": 4})
-    assert "No space left" in capsys.readouterr().err and train.read_state(path)["step"] == 3 and not path.with_suffix(".part").exists()
+
+def on_a_full_disk(*args: str) -> int:
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    return train.main(list(args))
+
+
+def test_a_full_disk_does_not_end_a_training(home):
+    pytest.importorskip("resource")
+    process = start(on_a_full_disk, home / "log", *arguments(home, home / "out", "--steps", 4, "--save-minutes", 0))
+    process.join(60)
+    said = (home / "log").read_text()
+    assert process.exitcode == 1 and said.count("could not be written") == 3 and "step      4/4" in said and "Traceback" not in said
+    assert train.main(arguments(home, home / "out", "--steps", 4, "--save-minutes", 0)) == 0
+
+
+def test_a_finished_run_is_not_trained_again_and_another_recipe_does_not_resume(home, capsys):
+    assert train.main(arguments(home, home / "out", "--steps", 2)) == 0
+    written = (home / "out" / "last.safetensors").stat().st_mtime_ns
+    assert train.main(arguments(home, home / "out", "--steps", 2, "--log-every", 7)) == 0
+    assert (home / "out" / "last.safetensors").stat().st_mtime_ns == written and "step " not in capsys.readouterr().err.split("GiB")[-1]
+    assert train.main(arguments(home, home / "out", "--steps", 3)) == 2 and "other arguments" in capsys.readouterr().err
+    (home / "new").mkdir()
+    train.write_state(home / "new" / "state.pt", {"arguments": "{}", "step": 1})
+    assert train.main(arguments(home, home / "new", "--steps", 2)) == 2 and "other arguments" in capsys.readouterr().err
+
+
+def test_a_cache_that_was_cut_off_goes_on_and_one_made_otherwise_is_refused(home, capsys, monkeypatch):
+    more = ("--views", 3, "--cache")                                            # 24 views: two chunks
+    whole, describe, calls = prepared(home, *more, home / "whole").pairs.sources[0], icas.ICAS.describe, []
+
+    def dies(model, images):
+        calls.append(len(images))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return describe(model, images)
+    monkeypatch.setattr(icas.ICAS, "describe", dies)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(home, *more, home / "views")
+    part = home / "views" / "spots.part" / "index.jsonl"
+    part.write_text(part.read_text() + '{"names": {"1"')
+    found = prepared(home, *more, home / "views").pairs.sources[0]
+    assert calls == [16, 8, 8] and found.index == whole.index and len(found.index) == 24
+    for name in ("features", "images", "labels"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
+    assert train.main(arguments(home, home / "o", "--views", 2, "--cache", home / "views")) == 2
+    assert "views 3 for 2" in capsys.readouterr().err
+    assert train.main(arguments(home, home / "o", *more, home / "views", "--image-size", 98)) == 2 and "shape" in capsys.readouterr().err
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: train.argparse.Namespace(free=1000))
+    assert train.main(arguments(home, home / "o", *more, home / "small")) == 2 and "are free" in capsys.readouterr().err
 
 
 def test_bad_data_is_named_before_training(home, capsys):
     manifest = home / "spots" / "manifest.jsonl"
     lines = manifest.read_text().splitlines()
-    for change, message in ((lambda r: r | {"image": "gone.png"}, "manifest.jsonl:1: image file is missing"),
-                            (lambda r: r | {"mask": "../small.png"}, "manifest.jsonl:1: mask is (5, 5)")):
-        Image.fromarray(np.ones((5, 5), np.uint8)).save(home / "small.png")
-        manifest.write_text("\n".join([json.dumps(change(json.loads(lines[0]))), *lines[1:]]))
+    Image.fromarray(np.ones((5, 5), np.uint8)).save(home / "small.png")
+    (home / "text.png").write_text("no picture")
+    code = {"size": [5, 5], "counts": "0"}
+    for change, message in (({"image": "gone.png"}, "manifest.jsonl:2: image file is missing"),
+                            ({"mask": "../small.png"}, "manifest.jsonl:2: mask is (5, 5)"),
+                            ({"mask": {"1": code}}, "manifest.jsonl:2: mask is (5, 5)"),
+                            ({"image": 3}, 'manifest.jsonl:2: expected a record with "image"'),
+                            ({"image": "../text.png"}, "text.png' is not a readable image"),
+                            ({"labels": {"a": "b"}}, "manifest.jsonl:2: labels"),
+                            ({"mask": None}, "manifest.jsonl:2: mask: expected a path")):
+        manifest.write_text("\n".join([lines[0], json.dumps(json.loads(lines[1]) | change), *lines[2:]]))
         assert train.main(arguments(home, home / "out", "--steps", 1)) == 2 and message in capsys.readouterr().err
-    manifest.write_text("{broken\n")
-    assert train.main(arguments(home, home / "out")) == 2 and "manifest.jsonl:1: not a JSON record" in capsys.readouterr().err
-    manifest.write_text(lines[0])
-    assert train.main(arguments(home, home / "out")) == 2 and "no label is in two images of ['spots']" in capsys.readouterr().err
-    manifest.write_text("\n")
-    assert train.main(arguments(home, home / "out")) == 2 and "the manifest has no record" in capsys.readouterr().err
+    for text, message in (("{broken\n", "manifest.jsonl:1: not a JSON record"), (lines[0], "no label is in two images of ['spots']"),
+                          ("\n", "the manifest has no record"), ("[1]", "manifest.jsonl:1: expected a record")):
+        manifest.write_text(text)
+        assert train.main(arguments(home, home / "out")) == 2 and message in capsys.readouterr().err
+    assert not (home / "out").exists()
 
 
-def test_another_recipe_does_not_resume(home, capsys):
-    train.write_state(home / "state.pt", {"arguments": "{}", "step": 1})
-    (home / "out").mkdir()
-    (home / "state.pt").replace(home / "out" / "state.pt")
-    assert train.main(arguments(home, home / "out", "--steps", 2)) == 2 and "other arguments" in capsys.readouterr().err
+def kill(times: int) -> None:
+    import tempfile
+    home = Path(tempfile.mkdtemp())
+    make_home(home)
+    more = ("--steps", 400, "--save-minutes", 0, "--synthetic", 2, "--cache", home / "views", "--log-every", 100)
+    began = time.time()
+    ended(start(train.main, home / "log", arguments(home, home / "whole", *more)), home / "log")
+    killed, resumed = kill_until_done(home, home / "killed", times, 1.5, *more)
+    whole, broken = fingerprint(home / "whole"), fingerprint(home / "killed")
+    print(f"unbroken {whole}\n  killed {broken}\n{killed} kills, {resumed} resumed, {time.time() - began:.0f} s, bit-identical: {whole == broken}")
 
 
 if __name__ == "__main__":
-    import tempfile
-    folder = Path(tempfile.mkdtemp())
-    make_data(folder), make_encoder(folder)
-    (folder / "runner.py").write_text(RUNNER)
-    more = ("--steps", 1500, "--save-minutes", 0, "--synthetic", 2, "--cache", folder / "views", "--log-every", 50)
-    assert start(folder, *arguments(folder, folder / "whole", *more)).wait(900) == 0
-    count = kill_until_done(folder, folder / "killed", int(sys.argv[1]), *more)
-    digest = lambda n: hashlib.sha256((folder / n / "last.safetensors").read_bytes()).hexdigest()[:16]  # noqa: E731
-    same = all(torch.equal(a, b) for a, b in zip(weights(folder / "whole").values(), weights(folder / "killed").values()))
-    print(f"{sys.argv[1]} kills, resumed {count} times; unbroken {digest('whole')}, killed {digest('killed')}; weights bit-identical: {same}")
+    kill(int(sys.argv[1]))
