@@ -138,7 +138,8 @@ def read_labels(record: dict) -> np.ndarray | None:
             labels[part > 0] = 1 if value == "*" else int(value)
         return labels
     labels = np.array(icas._open_image(record["mask"], place(record)))
-    labels = labels.max(axis=-1) if labels.ndim == 3 else labels
+    if labels.ndim == 3:  # RGB or grey, without alpha
+        labels = labels[..., :3 if labels.shape[-1] > 2 else 1].max(axis=-1)
     if "*" in record.get("labels", {}):
         return (labels > 0).astype(np.uint8)
     if labels.max(initial=0) > 255:
