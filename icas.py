@@ -2043,7 +2043,9 @@ def _write_image(path: Path, array: np.ndarray) -> None:
 def _fingerprint(args) -> str:
     """Of the arguments and files that decide a result: an image is done if it was done with these."""
     given = {k: v for k, v in vars(args).items() if k not in ("images", "out", "coco", "device")}
-    files = [f for pair in args.anomaly for f in pair] + [str(p) for p in _expand(args.normal)] + [f for f in (args.prompts, args.model) if f]
+    if "anomaly" not in given:
+        return f"demo {__version__}"  # its references never change
+    files = [f for pair in args.anomaly for f in pair] + _expand(args.normal) + [f for f in (args.prompts, args.model) if f]
     return hashlib.sha256(json.dumps([given, [_sha256(f) for f in files], __version__], default=str).encode()).hexdigest()[:16]
 
 
@@ -2222,8 +2224,8 @@ def _demo(args) -> int:
     model = load(device=args.device)
     shared: dict[str, Any] = {"images": [str(out / "cells")], "range": None}
     good = encode(normals=[cells[i] for i in DEMO_GOOD], model=model)
-    top = 2 * normal_threshold(_detector(model, good)[1], 0.01)
-    status = _run_folder(argparse.Namespace(**shared, out=str(out / "detect"), coco=None), _detect_work(model, good, 0.01), top / 4, top)
+    top = 2 * normal_threshold(_detector(model, good)[1], 0.05)
+    status = _run_folder(argparse.Namespace(**shared, out=str(out / "detect"), coco=None), _detect_work(model, good, 0.05), top / 4, top)
     dark = encode(anomalies=[(cells[index], mask, "dark area")], model=model)
     status |= _run_folder(argparse.Namespace(**shared, out=str(out / "segment"), coco=str(out / "segment" / "coco.json")),
                           _segment_work(model, dark), 0.0, 1.0)
