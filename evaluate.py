@@ -40,7 +40,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import icas
-from train import named, read_manifest, read_record
+from train import named, rank, read_manifest, read_record, world
 
 # The paper's cells for orientation: as printed, but where METHOD 3 says that a printed mean is not the mean of its cells
 PAPER = {"semantic": "paper, MVTec AD: 52.3 with ViT-L (printed 51.1), 42.4 with ViT-S",
@@ -79,50 +79,37 @@ def read_source(source: str, strips: int = 1) -> dict[str, list[dict]]:
     for record in records:
         name = Path(os.path.relpath(record["image"], root)).as_posix()
         name += "#{}-{}".format(*record["box"][:2]) if "box" in record else ""
-        for part in range(strips):
-            cut = {"strip": (part, strips), "name": f"{name}#{part}"} if strips > 1 else {"name": name}
+        for cut in strips_of(record, strips, name):
             categories.setdefault(record.get("category") or default, []).append(
                 {"split": "test", "group": name, "labels": {}} | record | cut)
     return {c: sorted(categories[c], key=lambda r: r["name"]) for c in sorted(categories)}
 
 
-def read(record: dict) -> tuple[Tensor, Tensor]:
-    """image (3, H, W) in [0, 1] and label map (H, W) of a record, or of its strip."""
-    image, labels = read_record(record)
-    if "strip" in record:
-        part, parts = record["strip"]
-        axis = 1 if image.shape[1] >= image.shape[2] else 2
-        size = image.shape[axis]
-        start, stop = size * part // parts, size * (part + 1) // parts
-        image, labels = image.narrow(axis, start, stop - start), labels.narrow(axis - 1, start, stop - start)
-    return image, labels
+def strips_of(record: dict, strips: int, name: str) -> list[dict]:
+    """What sets the equal parts of an image, or of its box, apart: name and box."""
+    if strips == 1:
+        return [{"name": name}]
+    from data_prep.common import cuts, size
+    h, w = size(Path(record["image"]))
+    x0, y0, x1, y1 = record.get("box", [0, 0, w, h])
+    boxes = cuts(y1 - y0, x1 - x0, strips)
+    return [{"name": f"{name}#{i}", "box": [x0 + a, y0 + b, x0 + c, y0 + d]} for i, (a, b, c, d) in enumerate(boxes)]
 
 
 def look(records: Sequence[dict]) -> None:
     """Add to each record what its mask really shows: "shows" {label: value}, and "bad"."""
     for record in tqdm(records, desc="masks", leave=False, disable=not sys.stderr.isatty() or rank() > 0):
-        present = set(np.unique(read(record)[1].numpy()).tolist()) - {0} if "mask" in record else set()
+        present = set(np.unique(read_record(record)[1].numpy()).tolist()) - {0} if "mask" in record else set()
         names = named(record)
         record["shows"] = {names.get(str(v), f"label {v}"): int(v) for v in sorted(present)}
         record["bad"] = bool(present) or bool(record.get("anomalous"))
-
-
-# ---- Ranks ---------------------------------------------------------------------------------------------------------------
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def gather(part: dict) -> dict:
     """The union of every rank's dictionary, in sorted order."""
     parts = [part]
     if dist.is_initialized():
-        parts = [None] * ranks()
+        parts = [None] * world()
         dist.all_gather_object(parts, part)
     return {key: value for key, value in sorted((item for p in parts for item in p.items()), key=lambda item: item[0])}
 
@@ -248,16 +235,19 @@ class Store:
     """Images of one category, each encoded once, on demand; features are kept in half precision."""
 
     def __init__(self, model: icas.ICAS, records: Sequence[dict], batch_size: int = 1):
-        self.model, self.records, self.kept = model, {r["name"]: r for r in records}, {}
+        self.model, self.records, self.kept, self.labels = model, {r["name"]: r for r in records}, {}, {}
         self.batch_size = 1 if model.device.type == "cpu" else batch_size  # on a CPU as fast, and no figure depends on it
         self.place = {name: i for i, name in enumerate(self.records)}
 
     def mine(self, tests: Sequence[str]) -> list[str]:
         """This rank's share of the test images: always the same ones, so that each is encoded by one rank only."""
-        return [n for n in tests if self.place[n] % ranks() == rank()]
+        return [n for n in tests if self.place[n] % world() == rank()]
 
     def pixels(self, name: str) -> Tensor:
-        return (read(self.records[name])[0] * 255).round().byte().permute(1, 2, 0)
+        """(H, W, 3) uint8; the label map is kept beside, it is small and asked for in every episode."""
+        image, labels = read_record(self.records[name])
+        self.labels[name] = labels.numpy()
+        return (image * 255).round().byte().permute(1, 2, 0)
 
     def encode(self, wanted: Sequence[str]) -> None:
         """Encode what is not there yet, tiles of one size together."""
@@ -281,12 +271,14 @@ class Store:
 
     def truth(self, name: str, label: str | None = None) -> np.ndarray:
         """(h, w) bool: one label, or everything that is marked."""
-        labels = read(self.records[name])[1].numpy()
+        if name not in self.labels:
+            self.pixels(name)
+        labels = self.labels[name]
         return labels > 0 if label is None else labels == self.records[name]["shows"].get(label, -1)
 
     def shots(self, name: str, label: str = "") -> list[icas.Shot]:
         """A prompt: the marked label, or a good part."""
-        marked = torch.from_numpy(self.truth(name, label) if label else np.zeros(self.pixels(name).shape[:2], bool)).float()
+        marked = torch.from_numpy(self.truth(name, label)).float()  # "" is no label: nothing is marked
         return icas._shots(self.tiles(name), marked, 1 - marked, label, f"{self.place[name]}/0")
 
     def shown(self, episode: dict) -> list[icas.Shot]:
@@ -304,6 +296,13 @@ def canvas(maps: Sequence[Tensor], tiles: Sequence[icas.Tile], shape: tuple[int,
 
 
 # ---- Segmentation (Tables 1, 2, 5, 6, 10) ------------------------------------------------------------------------------------
+
+
+class Shown(NamedTuple):
+    """What an episode shows: the prompt, Q_r of its good parts, and the middle block's tokens without debiasing."""
+    prompt: icas.Prompt
+    reference_masks: Tensor | None
+    plain: Tensor
 
 
 def segmentation_maps(model: icas.ICAS, tiles: Sequence[icas.Tile], shown: Shown, shape: tuple[int, int],
@@ -325,13 +324,6 @@ def segmentation_maps(model: icas.ICAS, tiles: Sequence[icas.Tile], shown: Shown
         for method, part in zip(SEGMENTERS, maps):
             parts[method].append(part[0])
     return {m: canvas(p, tiles, shape) for m, p in parts.items()}
-
-
-class Shown(NamedTuple):
-    """What an episode shows: the prompt, Q_r of its good parts, and the middle block's tokens without debiasing."""
-    prompt: icas.Prompt
-    reference_masks: Tensor | None
-    plain: Tensor
 
 
 def raw_middle(model: icas.ICAS, maps: Tensor) -> Tensor:
@@ -439,11 +431,7 @@ def peers(model: icas.ICAS, store: Store, normals: Sequence[str]) -> dict[str, D
     turned = bank(model, store, normals)
     last = F.normalize(turned[-1], dim=-1)
     middle = middle_mean(turned)
-    mean = middle.mean(dim=0)
-    values, vectors = torch.linalg.eigh((middle - mean).T @ (middle - mean) / len(middle))
-    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    rank99 = int((values.cumsum(0) / values.sum() < 0.99).sum()) + 1
-    basis = vectors[:, :rank99]
+    mean, basis = icas.subspace(middle, 0.99)
     upright = icas._join(model, [s for n in normals for s in store.shots(n)]).tokens[model.middle][0]
 
     def split(features: icas.Features) -> tuple[list[Tensor], torch.Size]:
@@ -451,7 +439,7 @@ def peers(model: icas.ICAS, store: Store, normals: Sequence[str]) -> dict[str, D
 
     def distance(tokens: Tensor, known: Tensor) -> Tensor:
         with model.autocast():
-            return 1 - torch.stack([(tokens @ part.T).amax(dim=1) for part in known.split(8192)]).amax(dim=0).float()
+            return 1 - icas.best_cosines(tokens[None], known[None], torch.ones(1, len(known), dtype=torch.bool, device=known.device))[0][0]
 
     def nearest_last(features: icas.Features) -> Tensor:
         tokens, grid = split(features)
@@ -476,7 +464,7 @@ def sortable(values: np.ndarray) -> np.ndarray:
 def pseudo_shot(model: icas.ICAS, store: Store, name: str, normals: Sequence[icas.Shot]) -> list[icas.Shot]:
     """A known bad part without a mask: its most abnormal 2 % of tokens stand for one."""
     abnormal, tiles = icas._detector(model, icas.References(list(normals)))[0], store.tiles(name)
-    shape = tuple(store.pixels(name).shape[:2])
+    shape = store.truth(name).shape
     found = canvas([abnormal(t.features)[0] for t in tiles], tiles, shape)
     marked = torch.from_numpy(found >= np.quantile(found, 0.98)).float()
     return icas._shots(tiles, marked, 1 - marked, "anomalous")
@@ -496,7 +484,10 @@ def score_detection(model: icas.ICAS, store: Store, episode: dict, masks: bool) 
     store.encode(mine)
     for name in mine:
         tiles = store.tiles(name)
-        truth = store.truth(name) if masks else None
+        if masks:
+            truth = store.truth(name)
+            regions, count = ndimage.label(truth, structure=np.ones((3, 3)))
+            weights = 1 / np.bincount(regions.ravel(), minlength=count + 1)[regions[truth]]
         for method, detector in methods.items():
             maps = [detector(t.features) for t in tiles]
             share = icas.TOP if method == "icas" else 0.01
@@ -506,10 +497,8 @@ def score_detection(model: icas.ICAS, store: Store, episode: dict, masks: bool) 
                 if method == "AnomalyDINO recipe":
                     whole = ndimage.gaussian_filter(whole, 4)
                 bins = sortable(whole)
-                regions, count = ndimage.label(truth, structure=np.ones((3, 3)))
-                sizes = np.bincount(regions.ravel(), minlength=count + 1)
                 entry |= {"bad": np.unique(bins[truth], return_counts=True), "clean": np.unique(bins[~truth], return_counts=True),
-                          "regions": (bins[truth], 1 / sizes[regions[truth]]), "count": count}
+                          "regions": (bins[truth], weights), "count": count}
             found[method, name] = entry
     return found
 
@@ -856,7 +845,8 @@ def run(args: argparse.Namespace) -> int:
         check(plans[name], records)
     for name, records in categories.items():
         chosen = {k: v for k, v in vars(args).items() if k in ("mfm", "gqs", "queries", "debias", "plain_sum", "strips")}
-        key = json.dumps([args.task, plans[name], chosen, args.figures, checkpoint, icas.__version__, icas._sha256(icas.__file__)], sort_keys=True)
+        key = json.dumps([args.task, plans[name], chosen, args.figures, checkpoint, icas.__version__, icas._sha256(icas.__file__)],
+                         sort_keys=True)
         part = out / "parts" / f"{args.task}-{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
         if part.is_file():
             kept = json.loads(part.read_text())

@@ -32,6 +32,7 @@ import os
 import pickle
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
@@ -314,19 +315,25 @@ def _surely(share: Tensor, floor: float) -> Tensor:
     return (share >= torch.minimum(top * floor, torch.full_like(top, 0.5 if floor < 0.9 else 1.0))) & (top > 0)
 
 
-def nearest_margin(target: Tensor, reference: Tensor, foreground: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
-    """Best cosine to the prompt's foreground and to its background: nearest-patch matching, the first baseline.
+def best_cosines(target: Tensor, reference: Tensor, *sets: Tensor) -> list[Tensor]:
+    """Best cosine of each target token to each set of reference tokens.
 
-    target (B, T, D), reference (B or 1, R, D) unit vectors; foreground, background (B or 1, R) bool. returns two (B, T); a set that
-    is empty gives -1, the lowest cosine.
+    target (B, T, D), reference (B or 1, R, D) unit vectors; sets (B or 1, R) bool. returns one (B, T) a set; a set that is empty gives
+    -1, the lowest cosine.
     """
-    best = [target.new_full(target.shape[:2], -1.0) for _ in range(2)]
+    best = [target.new_full(target.shape[:2], -1.0) for _ in sets]
     for part in range(0, reference.shape[1], 4096):  # bounds memory at T x 4096 cosines an image
         cosine = target @ reference[:, part:part + 4096].transpose(1, 2)
-        for i, chosen in enumerate((foreground, background)):
+        for i, chosen in enumerate(sets):
             inside = cosine.masked_fill(~chosen[:, None, part:part + 4096], -1.0).amax(dim=2)
             best[i] = torch.maximum(best[i], inside.float())
-    return best[0], best[1]
+    return best
+
+
+def nearest_margin(target: Tensor, reference: Tensor, foreground: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
+    """Best cosine to the prompt's foreground and to its background: nearest-patch matching, the first baseline. Two (B, T)."""
+    near, far = best_cosines(target, reference, foreground, background)
+    return near, far
 
 
 def prototype_margin(target: Tensor, reference: Tensor, foreground: Tensor, background: Tensor) -> Tensor:
@@ -1328,23 +1335,25 @@ def _join(model: ICAS, shots: Sequence[Shot]) -> Prompt:
 
     Of more tokens than BANK, each good part keeps its share, chosen by greedy query selection.
     """
-    tokens: list[list[Tensor]] = [[] for _ in model.config.blocks]
-    necks, sides = [], ([], [])
-    fixed = sum(s.background.numel() for s in shots if s.label)
-    thin = fixed + sum(s.background.numel() for s in shots if not s.label) > BANK
+    pooled, share = [], _share(shots)
     for shot in shots:
         maps = shot.maps[None].to(model.device).float()
         parts = [*model.tokens(maps), rearrange(model.neck(maps), "b c h w -> b (h w) c")]
         parts += [side.to(model.device).flatten()[None] for side in (shot.foreground, shot.background)]
-        if thin and not shot.label:
-            share = max(16, (BANK - fixed) // sum(not s.label for s in shots))
-            picked = greedy_queries(parts[model.middle], min(share, parts[0].shape[1]))[0]
+        if share < parts[0].shape[1] and not shot.label:
+            picked = greedy_queries(parts[model.middle], share)[0]
             parts = [p[:, picked] for p in parts]
-        for kept, part in zip((*tokens, necks, *sides), parts, strict=True):
-            kept.append(part)
-    prompt = Prompt([torch.cat(t, dim=1) for t in tokens], torch.cat(necks, dim=1), torch.cat(sides[0], dim=1), torch.cat(sides[1], dim=1),
-                    torch.stack([s.moments.cpu().double() for s in shots]).sum(dim=0, keepdim=True).float().to(model.device))
+        pooled.append(parts)
+    *tokens, neck, foreground, background = (torch.cat(parts, dim=1) for parts in zip(*pooled, strict=True))
+    moments = torch.stack([s.moments.cpu().double() for s in shots]).sum(dim=0, keepdim=True).float().to(model.device)
+    prompt = Prompt(tokens, neck, foreground, background, moments)
     return prompt._replace(fisher=fisher_directions(prompt))
+
+
+def _share(shots: Sequence[Shot]) -> int:
+    """How many tokens each good part may keep, so that all shots together hold BANK at most; 16 at least."""
+    marked, good = (sum(s.background.numel() for s in shots if bool(s.label) == wanted) for wanted in (True, False))
+    return BANK if marked + good <= BANK else max(16, (BANK - marked) // sum(not s.label for s in shots))
 
 
 def _prompts(model: ICAS, references: References) -> dict[str, tuple[Prompt, Tensor | None]]:
@@ -1605,6 +1614,10 @@ def segment(images: Any, references: References | None = None, *, anomalies: Seq
     return results[0] if one else results
 
 
+# Share of an image's tokens whose mean is its score: 0.01 (R20) read 1 to 2 points less on mpdd, deeppcb and synthetic defects
+TOP = 0.003
+
+
 class GoodParts(NamedTuple):
     """What good parts look like (`detect`)."""
     bank: list[Tensor]   # (1, R, D) a tapped block: their tokens, debiased unit vectors
@@ -1615,11 +1628,21 @@ class GoodParts(NamedTuple):
     scores: list[float]  # of the good parts themselves, each against the others
 
 
-def _known(model: ICAS, shots: Sequence[Shot]) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+class GoodShot(NamedTuple):
+    """A good part's tokens, made once for all that it is compared with."""
+    shot: Shot
+    tokens: list[Tensor]   # (1, T, D) a tapped block
+    order: Tensor          # (T or fewer,) which to keep first where not all may be kept
+
+
+def _known(shots: Sequence[GoodShot]) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """The first four fields of GoodParts."""
-    prompt = _join(model, shots)
-    known = _surely(prompt.background, 0.999)
-    return prompt.tokens, known, *subspace(_middle_blocks(prompt.tokens)[1][known])
+    share = _share([s.shot for s in shots])
+    kept = [s.order[:share] if share < s.tokens[0].shape[1] else slice(None) for s in shots]
+    bank = [torch.cat([t[:, k] for t, k in zip(tokens, kept)], dim=1) for tokens in zip(*(s.tokens for s in shots))]
+    background = torch.cat([s.shot.background.to(bank[0].device).flatten()[k] for s, k in zip(shots, kept)])
+    known = _surely(background[None], 0.999)
+    return bank, known, *subspace(_middle_blocks(bank)[1][known])
 
 
 def subspace(tokens: Tensor, kept: float = 0.95) -> tuple[Tensor, Tensor]:
@@ -1643,41 +1666,44 @@ def novelty(tokens: Sequence[Tensor], bank: Sequence[Tensor], known: Tensor, mea
     tokens, bank  one (B, T, D) and (1, R, D) of debiased unit vectors a tapped block; known (1, R) bool says which of the bank count.
     """
     used, middle = _middle_blocks(tokens)
-    none = torch.zeros_like(known)
-    near = torch.stack([1 - nearest_margin(t, r, none, known)[1] for t, r in zip(used, bank)]).mean(dim=0)
+    near = torch.stack([1 - best_cosines(t, r, known)[0] for t, r in zip(used, bank)]).mean(dim=0)
     centred = middle - mean
     return torch.stack([near, (centred - (centred @ basis) @ basis.T).norm(dim=-1)], dim=1)
 
 
 def _good_parts(model: ICAS, normals: Sequence[Shot]) -> GoodParts:
     """Leave-one-out: a single good part is compared, quarter by quarter, with its other three quarters; of more than 40, 40 are."""
-    sources = list(dict.fromkeys(s.source.split("/")[0] for s in normals))
-    cases = []  # (shot, what it is compared with, rows and columns that count)
+    sources = Counter(s.source.split("/")[0] for s in normals)
+    thin = sum(s.background.numel() for s in normals) > BANK
+    most = max(16, BANK // max(1, len(normals) - max(sources.values())))  # that any choice of others lets a part keep
+    good = []
+    for shot in normals:
+        tokens = model.tokens(shot.maps[None].to(model.device).float())
+        count = tokens[0].shape[1]
+        order = greedy_queries(tokens[model.middle], min(most, count))[0] if thin else torch.arange(count, device=model.device)
+        good.append(GoodShot(shot, tokens, order))
+    cases = []  # (good part, what it is compared with, rows and columns that count)
     if len(sources) > 1:
-        for source in sources[::math.ceil(len(sources) / 40)]:
-            others = [s for s in normals if s.source.split("/")[0] != source]
-            cases += [(s, others, (slice(None), slice(None))) for s in normals if s.source == f"{source}/0"]
+        for source in list(sources)[::math.ceil(len(sources) / 40)]:
+            others = [g for g in good if g.shot.source.split("/")[0] != source]
+            cases += [(g, others, (slice(None), slice(None))) for g in good if g.shot.source == f"{source}/0"]
     else:
-        for shot in (s for s in normals if s.source.endswith("/0")):
-            h0, w0 = shot.background.shape
-            halves = [(slice(0, (n + 1) // 2), slice((n + 1) // 2, n)) for n in (h0, w0)]
+        for part in (g for g in good if g.shot.source.endswith("/0")):
+            halves = [(slice(0, (n + 1) // 2), slice((n + 1) // 2, n)) for n in part.shot.background.shape]
             for window in itertools.product(*halves):
-                rest = shot.background.clone()
+                rest = part.shot.background.clone()
                 rest[window] = 0
-                if rest.any() and (shot.background - rest).any():
-                    cases.append((shot, [shot._replace(background=rest)], window))
+                if rest.any() and (part.shot.background - rest).any():
+                    cases.append((part, [part._replace(shot=part.shot._replace(background=rest))], window))
     found = []
-    for shot, others, window in cases:
-        far = novelty(model.tokens(shot.maps[None].to(model.device).float()), *_known(model, others))
-        found.append(far.unflatten(2, tuple(shot.background.shape))[:, :, window[0], window[1]])
+    for part, others, window in cases:
+        far = novelty(part.tokens, *_known(others))
+        found.append(far.unflatten(2, tuple(part.shot.background.shape))[:, :, window[0], window[1]])
     typical = torch.full((2,), 0.3, device=model.device)  # for a part of one token, which cannot be halved
     if found:
         typical = torch.cat([f.flatten(2) for f in found], dim=2).mean(dim=(0, 2)).clamp_min(1e-3)
     scores = [float(top_share((f / typical[:, None, None]).mean(dim=1), TOP)) for f in found]
-    return GoodParts(*_known(model, normals), typical, scores or [1.0])
-
-
-TOP = 0.003  # share of an image's tokens whose mean is its score: 0.01 (R20) read 1 to 2 points less on mpdd, deeppcb and synthetic defects
+    return GoodParts(*_known(good), typical, scores or [1.0])
 
 
 def normal_threshold(scores: Sequence[float], false_positive_rate: float) -> float:
@@ -2043,8 +2069,6 @@ def _write_image(path: Path, array: np.ndarray) -> None:
 def _fingerprint(args) -> str:
     """Of the arguments and files that decide a result: an image is done if it was done with these."""
     given = {k: v for k, v in vars(args).items() if k not in ("images", "out", "coco", "device")}
-    if "anomaly" not in given:
-        return f"demo {__version__}"  # its references never change
     files = [f for pair in args.anomaly for f in pair] + _expand(args.normal) + [f for f in (args.prompts, args.model) if f]
     return hashlib.sha256(json.dumps([given, [_sha256(f) for f in files], __version__], default=str).encode()).hexdigest()[:16]
 
@@ -2057,11 +2081,12 @@ def _run_folder(args, work: Callable[[np.ndarray], tuple[dict, np.ndarray, np.nd
     from tqdm import tqdm
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     images, out, run = _expand(args.images), Path(args.out), _fingerprint(args)
+    asked = {str(p) for p in images}
     out.mkdir(parents=True, exist_ok=True)
     lines = {r["image"]: r for f in sorted(out.glob("results*.jsonl")) for r in _json_lines(f)}
     done = {name for name, r in lines.items() if r.get("run") == run}
     mine = out / ("results.jsonl" if world == 1 else f"results.{rank}.jsonl")
-    taken = {r["mask"] for name, r in lines.items() if name in done or name not in {str(p) for p in images}}
+    taken = {r["mask"] for name, r in lines.items() if name in done or name not in asked}
     names = [p.stem for p in images]
     if mine.exists() and mine.stat().st_size and not mine.read_bytes().endswith(b"\n"):
         with open(mine, "a", encoding="utf-8") as file:
@@ -2097,7 +2122,7 @@ def _run_folder(args, work: Callable[[np.ndarray], tuple[dict, np.ndarray, np.nd
     if rank == 0:
         lines = {r["image"]: r for f in sorted(out.glob("results*.jsonl")) for r in _json_lines(f)}
         ordered = [lines[str(p)] for p in images if lines.get(str(p), {}).get("run") == run]
-        rest = [r for name, r in lines.items() if name not in {str(p) for p in images}]
+        rest = [r for name, r in lines.items() if name not in asked]
         part = out / "results.jsonl.part"
         part.write_text("".join(json.dumps(r) + "\n" for r in rest + ordered), encoding="utf-8")
         part.replace(out / "results.jsonl")
@@ -2222,7 +2247,7 @@ def _demo(args) -> int:
     for i in DEMO_CELLS:
         _write_image(out / "cells" / f"cell_{i:04d}{'_bad' if probability[i] == 1 else '_good'}.png", cells[i])
     model = load(device=args.device)
-    shared: dict[str, Any] = {"images": [str(out / "cells")], "range": None}
+    shared: dict[str, Any] = {"images": [str(out / "cells")], "range": None, "anomaly": [], "normal": [], "prompts": None, "model": None}
     good = encode(normals=[cells[i] for i in DEMO_GOOD], model=model)
     top = 2 * normal_threshold(_detector(model, good)[1], 0.05)
     status = _run_folder(argparse.Namespace(**shared, out=str(out / "detect"), coco=None), _detect_work(model, good, 0.05), top / 4, top)

@@ -224,6 +224,12 @@ def painted(image: Path, split: str, masks: dict[str, dict]) -> dict:
     return record | {"mask": {i: masks[name] for i, name in numbered.items()}, "labels": numbered}
 
 
+def cuts(h: int, w: int, strips: int) -> list[list[int]]:
+    """Boxes [x0, y0, x1, y1] of equal strips along the longer side."""
+    edges = [max(h, w) * i // strips for i in range(strips + 1)]
+    return [[0, a, w, b] if h >= w else [a, 0, b, h] for a, b in zip(edges, edges[1:])]
+
+
 # ---- Splits ----------------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Iterator
 
-from .common import by_stem, folders, missing, read_mask
+from .common import by_stem, cuts, folders, missing, read_mask
 
 PUBLISHED = {"images": 383, "masks": 50}
 REPEATED = {("kos26", None), ("kos34", None), ("kos21", "Part7")}
@@ -41,9 +41,3 @@ def records(root: Path, out: Path, strips: int = 1) -> Iterator[dict]:
                 x0, y0, x1, y1 = box
                 record = {"image": str(image), "labels": {}, "split": "test", "group": item.name} | ({"box": box} if strips > 1 else {})
                 yield record | ({"mask": str(mask), "labels": {"*": "crack"}} if array[y0:y1, x0:x1].any() else {})
-
-
-def cuts(h: int, w: int, strips: int) -> list[list[int]]:
-    """Boxes [x0, y0, x1, y1] of equal strips along the longer side."""
-    edges = [max(h, w) * i // strips for i in range(strips + 1)]
-    return [[0, a, w, b] if h >= w else [a, 0, b, h] for a, b in zip(edges, edges[1:])]

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 import icas
 
@@ -17,16 +16,12 @@ HOME = Path(icas.__file__).parent
 
 
 @pytest.fixture
-def model(tiny, tmp_path, monkeypatch):
-    """Path of the tiny checkpoint; the working folder is tmp_path."""
-    (tmp_path / "model").mkdir()
-    save_file(tiny.encoder.state_dict(), tmp_path / "model" / "encoder.safetensors")
-    monkeypatch.setattr(tiny, "encoder_sha256", icas._sha256(tmp_path / "model" / "encoder.safetensors"))
+def model(checkpoint, tmp_path, monkeypatch):
+    """The tiny checkpoint by a relative path: the working folder is tmp_path."""
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    icas.save(tiny, "model/tiny.safetensors")
-    return "model/tiny.safetensors"
+    return str(checkpoint.relative_to(tmp_path))
 
 
 @pytest.fixture

@@ -32,16 +32,6 @@ def references(tiny, rng):
     return icas.encode([(picture(rng), blob())], [picture(rng)], model=tiny)
 
 
-@pytest.fixture
-def checkpoint(tiny, tmp_path, monkeypatch):
-    """A checkpoint and its encoder in a folder of their own."""
-    (tmp_path / "model").mkdir()
-    save_file(tiny.encoder.state_dict(), tmp_path / "model" / "encoder.safetensors")
-    monkeypatch.setattr(tiny, "encoder_sha256", icas._sha256(tmp_path / "model" / "encoder.safetensors"))
-    icas.save(tiny, tmp_path / "model" / "tiny.safetensors", training={"steps": 0})
-    return tmp_path / "model" / "tiny.safetensors"
-
-
 def same(a, b):
     np.testing.assert_array_equal(a.score, b.score)
     np.testing.assert_array_equal(a.mask, b.mask)

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.torch import save_file
 
 pytest.importorskip("sklearn")
 
@@ -16,15 +15,6 @@ import evaluate  # noqa: E402
 import icas  # noqa: E402
 
 HOME = Path(icas.__file__).parent
-
-
-@pytest.fixture
-def checkpoint(tiny, tmp_path, monkeypatch):
-    (tmp_path / "model").mkdir()
-    save_file(tiny.encoder.state_dict(), tmp_path / "model" / "encoder.safetensors")
-    monkeypatch.setattr(tiny, "encoder_sha256", icas._sha256(tmp_path / "model" / "encoder.safetensors"))
-    icas.save(tiny, tmp_path / "model" / "tiny.safetensors")
-    return str(tmp_path / "model" / "tiny.safetensors")
 
 
 def record(folder, name, spots, labels, group, split="test", **more):
@@ -53,7 +43,7 @@ def data(tmp_path):
 
 
 def run(*arguments, checkpoint, out):
-    assert evaluate.main([*map(str, arguments), "--model", checkpoint, "--device", "cpu", "--out", str(out)]) == 0
+    assert evaluate.main([*map(str, arguments), "--model", str(checkpoint), "--device", "cpu", "--out", str(out)]) == 0
     return json.loads((Path(out) / "results.json").read_text())
 
 
@@ -100,7 +90,7 @@ def test_ranks_and_listing_order_change_nothing(checkpoint, data, tmp_path):
         (data / "manifest.jsonl").write_text("\n".join(np.random.default_rng(1).permutation(lines)))
         runner = "import sys, torch, icas\ntorch.set_num_threads(1)\nicas.ENCODERS['tiny14'] = (48, 4, 3)\nimport evaluate\nsys.exit(evaluate.main(sys.argv[1:]))\n"
         (tmp_path / "runner.py").write_text(runner)
-        command = [sys.executable, str(tmp_path / "runner.py"), "--task", task, "--data", str(data), "--seeds", "1", "--model", checkpoint, "--device", "cpu",
+        command = [sys.executable, str(tmp_path / "runner.py"), "--task", task, "--data", str(data), "--seeds", "1", "--model", str(checkpoint), "--device", "cpu",
                    "--out", str(tmp_path / f"{task}2"), "--batch-size", "8", *(["--shots", "1"] if task == "fewshot" else [])]
         base = os.environ | {"PYTHONPATH": str(HOME), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29500 + os.getpid() % 999), "OMP_NUM_THREADS": "1"}
         ranks = [subprocess.Popen(command, env=base | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE, text=True) for r in range(2)]
@@ -182,7 +172,7 @@ def test_leaks_and_impossible_protocols_are_refused(checkpoint, data, tmp_path, 
     lone = tmp_path / "lone"
     lines = [record(lone, "only", [1], {"1": "bright"}, "b0"), record(lone, "empty", [0], {"1": "bright"}, "b1", masked=True)]
     (lone / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    base = ["--model", checkpoint, "--device", "cpu", "--out", str(tmp_path / "out"), "--data", str(lone), "--task"]
+    base = ["--model", str(checkpoint), "--device", "cpu", "--out", str(tmp_path / "out"), "--data", str(lone), "--task"]
     assert evaluate.main([*base, "semantic"]) == 2
     error = capsys.readouterr().err
     assert "1 masks are empty: counted as good" in error and "marked in two images of different items" in error
@@ -207,5 +197,5 @@ def test_strips_cut_the_longer_side_and_folders_need_no_manifest(tmp_path):
     evaluate.look(records)
     assert len(records) == 9 and [r["shows"] for r in records if r["bad"]] == [{"defect": 1}]
     bad = next(r for r in records if r["bad"])
-    image, labels = evaluate.read(bad)
+    image, labels = evaluate.read_record(bad)
     assert tuple(image.shape) == (3, 30, 30) and int((labels > 0).sum()) == 40 and bad["name"].endswith("#1")
