@@ -277,9 +277,11 @@ class Store:
         return labels > 0 if label is None else labels == self.records[name]["shows"].get(label, -1)
 
     def shots(self, name: str, label: str = "") -> list[icas.Shot]:
-        """A prompt: the marked label, or a good part."""
-        marked = torch.from_numpy(self.truth(name, label)).float()  # "" is no label: nothing is marked
-        return icas._shots(self.tiles(name), marked, 1 - marked, label, f"{self.place[name]}/0")
+        """A prompt as `icas.encode` makes it: the marked label in eight turns, or a good part as it lies."""
+        if label:
+            return icas._turned_shots(self.model, self.pixels(name), torch.from_numpy(self.truth(name, label)), label, str(self.place[name]), True)
+        good = torch.ones(self.truth(name).shape)
+        return icas._shots(self.tiles(name), 1 - good, good, "", f"{self.place[name]}/0")
 
     def shown(self, episode: dict) -> list[icas.Shot]:
         """All that an episode shows: marked prompts, then good parts."""
@@ -303,6 +305,15 @@ class Shown(NamedTuple):
     prompt: icas.Prompt
     reference_masks: Tensor | None
     plain: Tensor
+
+
+def clicked_maps(model: icas.ICAS, tiles: Sequence[icas.Tile], clicks: tuple[list, list], shape: tuple[int, int],
+                 switches: dict) -> dict[str, np.ndarray]:
+    """(h, w) score of each method for clicks: icas looks twice, as `icas.segment` does; its peers see the clicks."""
+    look = lambda shots: segmentation_maps(model, tiles, show(model, shots), shape, switches | {"clicked": True})  # noqa: E731
+    first = look(icas._interactive(tiles, shape, *clicks, None, None))
+    second = look(icas._second_look(tiles, torch.from_numpy(first["icas"]), *clicks))
+    return second | {m: first[m] for m in PEERS["interactive"]}
 
 
 def segmentation_maps(model: icas.ICAS, tiles: Sequence[icas.Tile], shown: Shown, shape: tuple[int, int],
@@ -333,7 +344,8 @@ def raw_middle(model: icas.ICAS, maps: Tensor) -> Tensor:
 
 def show(model: icas.ICAS, shots: Sequence[icas.Shot]) -> Shown:
     normals = [s for s in shots if not s.label]
-    plain = torch.cat([raw_middle(model, s.maps[None].to(model.device)) for s in shots], dim=1)
+    kept = lambda s: icas.kept_tokens(s.foreground, s.turn if s.label else 0)  # noqa: E731  as `icas._join` does
+    plain = torch.cat([raw_middle(model, s.maps[None].to(model.device))[:, kept(s)] for s in shots], dim=1)
     return Shown(icas._join(model, shots), icas._reference_masks(model, normals), plain)
 
 
@@ -358,9 +370,11 @@ def score_segmentation(model: icas.ICAS, store: Store, episode: dict, switches: 
     for name in mine:
         tiles, truth = store.tiles(name), store.truth(name, label)
         if "clicks" in episode:
-            points, point_labels = clicks_on(truth, episode["clicks"], episode["seed"], name, label, episode["clicks"])
-            shown = show(model, icas._interactive(tiles, truth.shape, points, point_labels, None, None))
-        for method, found in segmentation_maps(model, tiles, shown, truth.shape, switches).items():
+            clicks = clicks_on(truth, episode["clicks"], episode["seed"], name, label, episode["clicks"])
+            maps = clicked_maps(model, tiles, clicks, truth.shape, switches)
+        else:
+            maps = segmentation_maps(model, tiles, shown, truth.shape, switches)
+        for method, found in maps.items():
             found = found > 0
             counts[method, name] = [int((found & truth).sum()), int((found | truth).sum()), truth.size]
     return counts
@@ -407,18 +421,15 @@ def rotations(pixels: Tensor, angles: Sequence[float]) -> list[Tensor]:
     return [turn(a) if a else pixels for a in angles]
 
 
-Detector = Callable[[icas.Features], Tensor]   # one tile's features -> (H0, W0) map of how abnormal its tokens are
+Detector = Callable[[icas.Features, str], Tensor]   # one tile's features, its name -> (H0, W0) map of how abnormal its tokens are
 
 
-def bank(model: icas.ICAS, store: Store, normals: Sequence[str]) -> list[Tensor]:
-    """Tokens of eight turns of each good part: one (R, D) a tapped block, not debiased; kept in the store."""
-    turned = []
-    for name in normals:
-        if ("turned", name) not in store.kept:
-            maps = [t.features.maps[0] for p in rotations(store.pixels(name), range(0, 360, 45)) for t in icas._describe(model, p)]
-            store.kept["turned", name] = torch.cat([m.flatten(1).T for m in maps]).half()
-        turned.append(store.kept["turned", name])
-    return list(torch.cat(turned).float().chunk(len(model.config.blocks), dim=1))
+def turned(model: icas.ICAS, store: Store, name: str) -> list[Tensor]:
+    """Tokens of eight turns of a good part: one (R, D) a tapped block, not debiased; kept in the store."""
+    if ("turned", name) not in store.kept:
+        maps = [t.features.maps[0] for p in rotations(store.pixels(name), range(0, 360, 45)) for t in icas._describe(model, p)]
+        store.kept["turned", name] = torch.cat([m.flatten(1).T for m in maps]).half()
+    return list(store.kept["turned", name].float().chunk(len(model.config.blocks), dim=1))
 
 
 def middle_mean(tokens: Sequence[Tensor]) -> Tensor:
@@ -428,31 +439,36 @@ def middle_mean(tokens: Sequence[Tensor]) -> Tensor:
 
 def peers(model: icas.ICAS, store: Store, normals: Sequence[str]) -> dict[str, Detector]:
     """The training-free detectors, as their authors describe them, on our encoder."""
-    turned = bank(model, store, normals)
-    last = F.normalize(turned[-1], dim=-1)
-    middle = middle_mean(turned)
+    middle = middle_mean([torch.cat(block) for block in zip(*(turned(model, store, n) for n in normals))])
     mean, basis = icas.subspace(middle, 0.99)
-    upright = icas._join(model, [s for n in normals for s in store.shots(n)]).tokens[model.middle][0]
 
     def split(features: icas.Features) -> tuple[list[Tensor], torch.Size]:
         return [m.flatten(1).T for m in features.maps[0].chunk(len(model.config.blocks))], features.maps.shape[-2:]
 
-    def distance(tokens: Tensor, known: Tensor) -> Tensor:
-        with model.autocast():
-            return 1 - icas.best_cosines(tokens[None], known[None], torch.ones(1, len(known), dtype=torch.bool, device=known.device))[0][0]
+    def nearest(kind: str, tile: str, tokens: Tensor, known: Callable[[str], Tensor]) -> Tensor:
+        """1 - best cosine (T,); that of a tile and a good part is computed once and kept: seeds and shots share them."""
+        best = []
+        for n in normals:
+            if (kind, tile, n) not in store.kept:
+                with model.autocast():
+                    store.kept[kind, tile, n] = (tokens @ known(n).T).amax(dim=1).float()
+            best.append(store.kept[kind, tile, n])
+        return 1 - torch.stack(best).amax(dim=0)
 
-    def nearest_last(features: icas.Features) -> Tensor:
+    def nearest_last(features: icas.Features, tile: str) -> Tensor:
         tokens, grid = split(features)
-        return distance(F.normalize(tokens[-1], dim=-1), last).view(grid)
+        return nearest("last", tile, F.normalize(tokens[-1], dim=-1), lambda n: F.normalize(turned(model, store, n)[-1], dim=-1)).view(grid)
 
-    def residual(features: icas.Features) -> Tensor:
+    def residual(features: icas.Features, tile: str) -> Tensor:
         tokens, grid = split(features)
         centred = middle_mean(tokens) - mean
         return (centred - (centred @ basis) @ basis.T).norm(dim=1).view(grid)
 
-    def nearest(features: icas.Features) -> Tensor:
-        return distance(model.tokens(features.maps)[model.middle][0], upright).view(features.maps.shape[-2:])
-    return {"nearest patch": nearest, "AnomalyDINO recipe": nearest_last, "SubspaceAD recipe": residual}
+    def upright(features: icas.Features, tile: str) -> Tensor:
+        debiased = lambda maps: model.tokens(maps)[model.middle][0]  # noqa: E731
+        good = lambda n: torch.cat([debiased(t.features.maps) for t in store.tiles(n)])  # noqa: E731
+        return nearest("upright", tile, debiased(features.maps), good).view(features.maps.shape[-2:])
+    return {"nearest patch": upright, "AnomalyDINO recipe": nearest_last, "SubspaceAD recipe": residual}
 
 
 def sortable(values: np.ndarray) -> np.ndarray:
@@ -466,8 +482,8 @@ def pseudo_shot(model: icas.ICAS, store: Store, name: str, normals: Sequence[ica
     abnormal, tiles = icas._detector(model, icas.References(list(normals)))[0], store.tiles(name)
     shape = store.truth(name).shape
     found = canvas([abnormal(t.features)[0] for t in tiles], tiles, shape)
-    marked = torch.from_numpy(found >= np.quantile(found, 0.98)).float()
-    return icas._shots(tiles, marked, 1 - marked, "anomalous")
+    marked = torch.from_numpy(found >= np.quantile(found, 0.98))
+    return icas._turned_shots(model, store.pixels(name), marked, "anomalous", str(store.place[name]), True)
 
 
 def score_detection(model: icas.ICAS, store: Store, episode: dict, masks: bool) -> dict:
@@ -478,7 +494,7 @@ def score_detection(model: icas.ICAS, store: Store, episode: dict, masks: bool) 
         shots += store.shots(name, label) if store.records[name]["shows"] else pseudo_shot(model, store, name, shots)
     references = icas.References(shots, model.encoder_sha256, model.config.blocks)
     ours = icas._detector(model, references)[0]
-    methods = {"icas": lambda features: ours(features)[0]} | peers(model, store, normals)
+    methods = {"icas": lambda features, tile: ours(features)[0]} | peers(model, store, normals)
     found = {}
     mine = store.mine(episode["tests"])
     store.encode(mine)
@@ -489,7 +505,7 @@ def score_detection(model: icas.ICAS, store: Store, episode: dict, masks: bool) 
             regions, count = ndimage.label(truth, structure=np.ones((3, 3)))
             weights = 1 / np.bincount(regions.ravel(), minlength=count + 1)[regions[truth]]
         for method, detector in methods.items():
-            maps = [detector(t.features) for t in tiles]
+            maps = [detector(t.features, f"{name} {i}") for i, t in enumerate(tiles)]
             share = icas.TOP if method == "icas" else 0.01
             entry = {"score": max(float(icas.top_share(m[None], share)) for m in maps)}
             if masks:
@@ -670,10 +686,11 @@ def figures(folder: Path, task: str, model: icas.ICAS, store: Store, episodes: S
                 axis.imshow(store.pixels(n).numpy())
                 if clicked:
                     points, signs = clicks_on(truth, e["clicks"], e["seed"], n, label, e["clicks"])
-                    shown = show(model, icas._interactive(tiles, truth.shape, points, signs, None, None))
                     for (x, y), sign in zip(points, signs):
                         axis.plot(x, y, "*" if sign else "x", color="lime" if sign else "orange", markersize=7)
-                found = segmentation_maps(model, tiles, shown, truth.shape, switches)["icas"] > 0
+                    found = clicked_maps(model, tiles, (points, signs), truth.shape, switches)["icas"] > 0
+                else:
+                    found = segmentation_maps(model, tiles, shown, truth.shape, switches)["icas"] > 0
                 outline(axis, truth, "white")
                 outline(axis, found, "deepskyblue")
                 axis.set_title(f"IoU {100 * value:.0f}", fontsize=8)

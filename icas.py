@@ -72,7 +72,7 @@ class Config:
     dim: int = 256                  # C, width of the decoder
     layers: int = 6                 # decoder layers (A.1)
     heads: int = 8
-    ffn_dim: int = 2048
+    ffn_dim: int = 1728             # open in the paper: the widest multiple of 64 that keeps ViT-L below half of SAM ViT-H (Table 14)
     separate_ffn: bool = True       # content and prompt queries have feed-forward nets of their own (R5)
     prompt_attends: bool = True     # prompt queries cross-attend to the target too (the paper's text; SINE's do not)
     masked_attention: bool = False  # each layer attends inside the mask of the one before (R6)
@@ -780,6 +780,7 @@ class Features(NamedTuple):
 
 
 EQUAL = [0.3] * 7 + [0.0]  # fusion weights before they are learned: of the seven terms of `evidence`, and the offset
+FUSIONS = ("fusion_marked", "fusion_clicks", "fusion_normal")  # for marked prompts, for clicks, for good parts alone
 
 
 class ICAS(nn.Module):
@@ -790,8 +791,9 @@ class ICAS(nn.Module):
         self.config = config
         self.encoder = Encoder(config.encoder, config.patch_size)
         self.decoder = Decoder(config)
-        # log-odds = evidence . weight[:-1] + weight[-1] (R18); the first learned on held-out sets
+        # log-odds = evidence . weight[:-1] + weight[-1] (R18); the first two learned on held-out sets
         self.register_buffer("fusion_marked", torch.tensor(EQUAL))
+        self.register_buffer("fusion_clicks", torch.tensor(EQUAL))
         self.register_buffer("fusion_normal", torch.tensor([0.3] * 3 + [0.0] * 5))
         self.encoder_sha256 = ""  # of the file that the encoder came from; set by `load`
         self._bases: dict[tuple[int, int], list[Tensor] | list[None]] = {}
@@ -864,38 +866,31 @@ class ICAS(nn.Module):
 class Batch(NamedTuple):
     """B pairs of one grid, encoded. A pair with an all-zero foreground shows only what is normal."""
     target: Features
-    reference: Tensor        # (B, blocks * D, H0, W0)
-    foreground: Tensor       # (B, H0, W0) share of the prompted label in the reference
-    background: Tensor       # (B, H0, W0) share of what is surely not it
+    reference: Tensor        # (B, S, blocks * D, H0, W0), S shots
+    foreground: Tensor       # (B, S, H0, W0) share of the prompted label in the reference
+    background: Tensor       # (B, S, H0, W0) share of what is surely not it
     moments: Tensor          # (B, 2, PIXEL + 1, PIXEL + 1) of the reference, see `pixel_moments`
     hidden: Tensor           # (B,) 1.0 where raw features are hidden from the decoder, so that it leans on relations, which carry over
     truths: list[Truths]     # segments of each target
 
 
-def pair_loss(model: ICAS, batch: Batch, generator: torch.Generator, totals: Tensor | None = None,
-              relation_only: bool = False) -> dict[str, Tensor]:
-    """Loss parts of one batch of pairs, to be summed; `totals` as in `objective`. `relation_only`: the dense loss of the relation net
-    alone, twice as fast."""
-    b, _, h0, w0 = batch.reference.shape
-    if relation_only:
-        prompt = Prompt(model.tokens(batch.reference), batch.reference, batch.foreground.flatten(1), batch.background.flatten(1),
-                        batch.moments)
-        maps = relations(model.tokens(batch.target.maps), prompt, model.middle, h0), appearance(batch.target.small, batch.moments)
-        with model.autocast():
-            logits = model.decoder.relation(*maps, batch.target.small)[2]
-        return {"dense": dense_loss(logits, batch.truths, b if totals is None else totals[3].to(logits.device))}
-    neck = model.neck(torch.cat([batch.target.maps, batch.reference])) * (1 - batch.hidden).repeat(2)[:, None, None, None]
-    prompt = Prompt(model.tokens(batch.reference), rearrange(neck[b:], "b c h w -> b (h w) c"), batch.foreground.flatten(1),
-                    batch.background.flatten(1), batch.moments)
-    decoded, _ = model.decode(model.tokens(batch.target.maps), neck[:b], batch.target.small, prompt)
+def pair_loss(model: ICAS, batch: Batch, generator: torch.Generator, totals: Tensor | None = None) -> dict[str, Tensor]:
+    """Loss parts of one batch of pairs, to be summed; `totals` as in `objective`."""
+    b, _, _, h0, w0 = batch.reference.shape
+    reference, seen = batch.reference.flatten(0, 1), (1 - batch.hidden)[:, None, None]
+    target_neck, reference_neck = model.neck(torch.cat([batch.target.maps, reference])).tensor_split([b])
+    pool = lambda x: rearrange(x, "(b s) t d -> b (s t) d", b=b)  # noqa: E731
+    prompt = Prompt([pool(t) for t in model.tokens(reference)], pool(rearrange(reference_neck, "n c h w -> n (h w) c")) * seen,
+                    batch.foreground.flatten(1), batch.background.flatten(1), batch.moments)
+    decoded, _ = model.decode(model.tokens(batch.target.maps), target_neck * seen[..., None], batch.target.small, prompt)
     # one pixel of every 2 x 2: sampled points (R12) that miss no defect of two pixels
     y, x = (2 * torch.arange(2 * n)[:, None] + torch.randint(2, (2 * n, 2 * m), generator=generator) for n, m in ((h0, w0), (w0, h0)))
-    points = (y * 4 * w0 + x.T).flatten().to(neck.device)
+    points = (y * 4 * w0 + x.T).flatten().to(target_neck.device)
     return objective(model.decoder, decoded, prompt.marked, batch.truths, points, totals)
 
 
 def fit(model: ICAS, batches: Callable[[int], Batch | Sequence[Batch]], *, steps: int, lr: float = 1e-4, weight_decay: float = 0.05,
-        warmup: int = 100, clip: float = 1.0, seed: int = 0, start: int = 0, relation_steps: int = 0,
+        warmup: int = 100, clip: float = 1.0, seed: int = 0, start: int = 0,
         optimizer: torch.optim.Optimizer | None = None,
         callback: Callable[[int, dict[str, float], torch.optim.Optimizer], Any] | None = None) -> ICAS:
     """Train the decoder in place; both stages are this loop on other pairs (Sec. 3.3, R16).
@@ -904,7 +899,6 @@ def fit(model: ICAS, batches: Callable[[int], Batch | Sequence[Batch]], *, steps
                batches are accumulated into one step. Under torch.distributed each rank gives its share, and gradients are summed:
                losses are divided by what all ranks and batches hold, so that any division of the pairs gives the same step.
     lr         AdamW (0.9, 0.999): linear warm-up, then linear decay to 0 at `steps`; no decay of norms, biases and embeddings.
-    relation_steps  the first so many steps train the relation net alone.
     callback   called after each step with its number, the loss parts and the optimizer; a true result ends the training.
     returns    the model, in eval mode.
     Raises ValueError if the loss is not finite.
@@ -926,14 +920,14 @@ def fit(model: ICAS, batches: Callable[[int], Batch | Sequence[Batch]], *, steps
         optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         for batch in given:
-            parts = pair_loss(model, batch, torch.Generator().manual_seed(seed * 1_000_003 + step), totals, step < relation_steps)
+            parts = pair_loss(model, batch, torch.Generator().manual_seed(seed * 1_000_003 + step), totals)
             sum(parts.values()).backward()
             sums = {k: sums.get(k, 0) + v.detach() for k, v in parts.items()}
         values = torch.stack(list(sums.values()))
         if dist.is_initialized():
             dist.all_reduce(values)
             for p in parameters:
-                if p.grad is not None:  # what a step leaves out, it leaves out on every rank, and the optimizer does not touch it
+                if p.grad is not None:  # what a step leaves out, it leaves out on every rank
                     dist.all_reduce(p.grad)
         if not torch.isfinite(values).all():
             raise ValueError(f"fit: the loss of step {step} is {values.sum().item()}; lower lr={lr} or check that batch's masks")
@@ -1039,12 +1033,15 @@ def fast_bf16(device: str | torch.device) -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
-def fuse(model: ICAS, scores: Scores, marked: bool) -> Tensor:
-    """(B, 4 H0, 4 W0) log-odds that a pixel is anomalous (R18); with `plain_sum`, the paper's S + S^mfm, clipped to [0, 1]."""
+def fuse(model: ICAS, scores: Scores, marked: bool, clicked: bool = False) -> Tensor:
+    """(B, 4 H0, 4 W0) log-odds that a pixel is anomalous (R18); with `plain_sum`, the paper's S + S^mfm, clipped to [0, 1].
+
+    clicked  the prompt is clicks: token matching, which knows little of the rest of the image then, weighs less.
+    """
     if model.config.plain_sum:
         total = scores.semantic + scores.semantic_mfm if marked else scores.normal + scores.normal_mfm
         return torch.logit(total.clamp(1e-4, 1 - 1e-4))
-    weight = model.fusion_marked if marked else model.fusion_normal
+    weight = model.fusion_normal if not marked else model.fusion_clicks if clicked else model.fusion_marked
     return torch.einsum("bnhw,n->bhw", evidence(scores, marked), weight[:-1]) + weight[-1]
 
 
@@ -1217,7 +1214,16 @@ class Shot(NamedTuple):
     background: Tensor  # (H0, W0) share of what is surely not it
     moments: Tensor     # (2, PIXEL + 1, PIXEL + 1), see `pixel_moments`
     label: str          # "" for a normal reference
-    source: str         # of which image: its hash, and after "/" its turn
+    source: str = "/0"  # of which image: its hash, and after "/" its turn
+
+    @property
+    def image(self) -> str:
+        return self.source.split("/")[0]
+
+    @property
+    def turn(self) -> int:
+        """0 as it lies, 1 to 7 a flipped or turned copy."""
+        return int(self.source.split("/")[1])
 
 
 @dataclass
@@ -1238,7 +1244,8 @@ class References:
         return [s for s in self.shots if not s.label]
 
     def __len__(self) -> int:
-        return len(self.shots)
+        """Number of reference images."""
+        return len({(s.image, s.label) for s in self.shots})
 
     def __add__(self, other: "References") -> "References":
         if not isinstance(other, References):
@@ -1268,18 +1275,21 @@ class References:
             raise ValueError(f"references: {os.fspath(path)!r} is incomplete ({error!r}); encode and save again") from error
 
 
-def encode(anomalies: Sequence = (), normals: Sequence = (), *, turns: bool = False, model: ICAS | None = None) -> References:
+def encode(anomalies: Sequence = (), normals: Sequence = (), *, turns: bool | None = None, model: ICAS | None = None) -> References:
     """Encode prompts once, to reuse with `segment` and `detect` (mask pooling, Sec. 3.1).
 
     anomalies  (image, mask) or (image, mask, label) each; the label "defect" if none is given.
     normals    images of good parts.
-    turns      encode each good part in its eight flips and quarter turns: for parts that lie any way round; eight times the time.
+    turns      encode images in their eight flips and quarter turns, in eight times the time. By default marked anomalies, since a
+               defect lies any way round; True: good parts too, for parts that do; False: none.
     Raises ValueError, TypeError or FileNotFoundError, with the argument's place in the message.
 
         scratch = encode(anomalies=[("scratched.png", "mask.png", "scratch")], normals=["good.png"])
         scratch.save("scratch.safetensors")
     """
     model = _checked(model)
+    if turns is not None and not isinstance(turns, bool):
+        raise TypeError(f"turns: expected True, False or None, got {turns!r}")
     shots = []
     for i, entry in enumerate(_sequence(anomalies, "anomalies")):
         if not isinstance(entry, (tuple, list)) or len(entry) not in (2, 3):
@@ -1288,23 +1298,28 @@ def encode(anomalies: Sequence = (), normals: Sequence = (), *, turns: bool = Fa
         if not isinstance(label, str) or not label:
             raise TypeError(f"anomalies[{i}]: expected a non-empty string as label, got {label!r}")
         image = to_rgb(entry[0], f"anomalies[{i}] image")
-        mask = to_mask(entry[1], tuple(image.shape[:2]), f"anomalies[{i}] mask").float()
-        shots += _shots(_describe(model, image), mask, 1 - mask, label, f"{_hash(image)}/0")
+        mask = to_mask(entry[1], tuple(image.shape[:2]), f"anomalies[{i}] mask")
+        shots += _turned_shots(model, image, mask, label, _hash(image), turns is not False)
     for i, entry in enumerate(_sequence(normals, "normals")):
         image = to_rgb(entry, f"normals[{i}]")
-        source = _hash(image)
-        for turn in range(8 if turns else 1):
-            turned = torch.rot90(image.flip(1) if turn >= 4 else image, turn % 4)
-            blank = torch.zeros(turned.shape[:2])
-            shots += _shots(_describe(model, turned), blank, blank + 1, "", f"{source}/{turn}")
+        shots += _turned_shots(model, image, torch.zeros(image.shape[:2]), "", _hash(image), turns is True)
     return References(shots, model.encoder_sha256, model.config.blocks)
+
+
+def _turned_shots(model: ICAS, image: Tensor, mask: Tensor, label: str, source: str, turns: bool) -> list[Shot]:
+    """Shots of an (H, W, 3) uint8 image and its (H, W) mask, as it lies or in eight flips and quarter turns."""
+    shots = []
+    for turn in range(8 if turns else 1):
+        turned, foreground = (torch.rot90(x.flip(1) if turn >= 4 else x, turn % 4) for x in (image, mask.float()))
+        shots += _shots(_describe(model, turned), foreground, 1 - foreground, label, f"{source}/{turn}")
+    return shots
 
 
 def _hash(image: Tensor) -> str:
     return hashlib.sha256(image.contiguous().cpu().numpy().tobytes()).hexdigest()[:16]
 
 
-def _shots(tiles: Sequence[Tile], foreground: Tensor, background: Tensor, label: str, source: str = "") -> list[Shot]:
+def _shots(tiles: Sequence[Tile], foreground: Tensor, background: Tensor, label: str, source: str = "/0") -> list[Shot]:
     """Shots of one image's tiles; tiles that show neither side are left out."""
     shots = []
     for (y0, y1, x0, x1), features in tiles:
@@ -1330,17 +1345,29 @@ def _sequence(value: Any, name: str) -> Sequence:
 BANK = 1 << 16  # tokens that a prompt keeps at most: 0.3 GB with ViT-S, all tokens of 83 references
 
 
+def kept_tokens(foreground: Tensor, turn: int) -> Tensor:
+    """(T,) bool: of an image as it lies (`turn` 0) all tokens; of a turned copy those that are marked, and every fourth other.
+
+    foreground (H0, W0) or (T,). Copies say more of a small defect, and not eight times the same of its surroundings.
+    """
+    place = torch.arange(foreground.numel(), device=foreground.device)
+    return (foreground.flatten() > 0) | (place % 4 == turn % 4) if turn else place >= 0
+
+
 def _join(model: ICAS, shots: Sequence[Shot]) -> Prompt:
     """Pool shots into one prompt, B = 1 (R8: all pixels together, whatever their order).
 
-    Of more tokens than BANK, each good part keeps its share, chosen by greedy query selection.
+    Turned copies of marked images are thinned (`kept_tokens`). Of more tokens than BANK, each good part keeps its share, chosen by
+    greedy query selection.
     """
     pooled, share = [], _share(shots)
     for shot in shots:
         maps = shot.maps[None].to(model.device).float()
         parts = [*model.tokens(maps), rearrange(model.neck(maps), "b c h w -> b (h w) c")]
         parts += [side.to(model.device).flatten()[None] for side in (shot.foreground, shot.background)]
-        if share < parts[0].shape[1] and not shot.label:
+        if shot.label:
+            parts = [p[:, kept_tokens(shot.foreground, shot.turn)] for p in parts]
+        elif share < parts[0].shape[1]:
             picked = greedy_queries(parts[model.middle], share)[0]
             parts = [p[:, picked] for p in parts]
         pooled.append(parts)
@@ -1352,8 +1379,9 @@ def _join(model: ICAS, shots: Sequence[Shot]) -> Prompt:
 
 def _share(shots: Sequence[Shot]) -> int:
     """How many tokens each good part may keep, so that all shots together hold BANK at most; 16 at least."""
-    marked, good = (sum(s.background.numel() for s in shots if bool(s.label) == wanted) for wanted in (True, False))
-    return BANK if marked + good <= BANK else max(16, (BANK - marked) // sum(not s.label for s in shots))
+    marked = sum(int(kept_tokens(s.foreground, s.turn).sum()) for s in shots if s.label)
+    good = [s.background.numel() for s in shots if not s.label]
+    return BANK if marked + sum(good) <= BANK else max(16, (BANK - marked) // max(1, len(good)))
 
 
 def _prompts(model: ICAS, references: References) -> dict[str, tuple[Prompt, Tensor | None]]:
@@ -1412,6 +1440,23 @@ def _interactive(tiles: Sequence[Tile], shape: tuple[int, int], points, point_la
     if not background.any():
         background = 1 - foreground
     return _shots(tiles, foreground, background, "defect")
+
+
+SURE = 1.0  # log-odds beyond which a first look at clicks is believed; chosen on the training sets
+
+
+def _second_look(tiles: Sequence[Tile], odds: Tensor, points, point_labels) -> list[Shot]:
+    """What a first look at clicks is sure of, and the clicks, as shots of the image: a mask where there were a few disks.
+
+    odds (H, W) of the first look. On the training sets a second look adds 4, 3 and 0 points of IoU at 1, 3 and 5 clicks.
+    """
+    h, w = odds.shape
+    positive, negative = (disks(p, h, w).to(odds.device) for p in _clicks(points, point_labels, h, w))
+    foreground = torch.maximum((odds > SURE).float(), positive) * (1 - negative)
+    if not foreground.any():
+        foreground = positive
+    background = torch.maximum((odds < -SURE).float(), negative) * (1 - foreground)
+    return _shots(tiles, foreground, background if background.any() else 1 - foreground, "defect")
 
 
 def _numbers(value: Any, name: str, columns: int, what: str) -> np.ndarray:
@@ -1532,12 +1577,12 @@ def _name(i: int, one: bool) -> str:
 
 
 def _log_odds(model: ICAS, features: Features, prompt: Prompt, reference_masks: Tensor | None, mfm: bool = True,
-              gqs: bool = True) -> tuple[Tensor, Scores, tuple[Tensor, Tensor]]:
+              gqs: bool = True, clicked: bool = False) -> tuple[Tensor, Scores, tuple[Tensor, Tensor]]:
     """Fused log-odds (B, 4 H0, 4 W0), the scores they come from, and the relation and appearance maps."""
     tokens = model.tokens(features.maps)
     decoded, maps = model.decode(tokens, model.neck(features.maps), features.small, prompt, gqs)
     scores = score(model.decoder, decoded, tokens[model.middle], prompt, maps, model.middle, reference_masks, mfm)
-    return fuse(model, scores, bool(prompt.marked.any())), scores, maps
+    return fuse(model, scores, bool(prompt.marked.any()), clicked), scores, maps
 
 
 def _paste(canvas: Tensor, weight: Tensor, part: Tensor, box: tuple[int, int, int, int]) -> None:
@@ -1594,24 +1639,33 @@ def segment(images: Any, references: References | None = None, *, anomalies: Seq
         chunk = [to_rgb(x, _name(start + i, one)) for i, x in enumerate(images[start:start + batch_size])]
         shapes = [tuple(x.shape[:2]) for x in chunk]
         tiles = [(i, tile) for i, x in enumerate(chunk) for tile in _describe(model, x)]
-        used = references
-        if interactive:
-            clicked = _interactive([t for _, t in tiles], shapes[0], points, point_labels, boxes, mask)
-            used = references + References(clicked, model.encoder_sha256, model.config.blocks)
-        prompts = _prompts(model, used)
-        canvas = [torch.zeros(len(prompts), *s, device=model.device) for s in shapes]
-        weight = [torch.zeros(len(prompts), *s, device=model.device) for s in shapes]
-        for members, features in _batches([t for _, t in tiles], batch_size):
-            for n, (prompt, reference_masks) in enumerate(prompts.values()):
-                for m, part in zip(members, _log_odds(model, features, prompt, reference_masks)[0]):
-                    i, tile = tiles[m]
-                    _paste(canvas[i][n], weight[i][n], part, tile.box)
-        for total, count in zip(canvas, weight):
-            maps = (total / count).sigmoid().cpu().numpy()
+        for look in range(1 if points is None else 2):
+            used = references
+            if interactive:
+                own = [t for _, t in tiles]
+                shown = _second_look(own, odds[0][list(prompts).index("defect")], points, point_labels) if look else _interactive(
+                    own, shapes[0], points, point_labels, boxes, mask)
+                used = references + References(shown, model.encoder_sha256, model.config.blocks)
+            prompts = _prompts(model, used)
+            odds = _odds_maps(model, tiles, shapes, prompts, batch_size, clicked=points is not None and not references.shots)
+        for maps in odds:
+            maps = maps.sigmoid().cpu().numpy()
             cut = 0.5 if threshold is None else float(threshold)
             best = maps.max(axis=0)
             results.append(Segmentation(best > cut, best, [label or "anomaly" for label in prompts], maps, cut))
     return results[0] if one else results
+
+
+def _odds_maps(model: ICAS, tiles: Sequence[tuple[int, Tile]], shapes: Sequence[tuple[int, int]],
+               prompts: dict[str, tuple[Prompt, Tensor | None]], batch_size: int, clicked: bool = False) -> list[Tensor]:
+    """Fused log-odds (n, h, w) of each image for n prompts, from its (number, tile)s."""
+    canvas, weight = ([torch.zeros(len(prompts), *s, device=model.device) for s in shapes] for _ in range(2))
+    for members, features in _batches([t for _, t in tiles], batch_size):
+        for n, (prompt, reference_masks) in enumerate(prompts.values()):
+            for m, part in zip(members, _log_odds(model, features, prompt, reference_masks, clicked=clicked)[0]):
+                i, tile = tiles[m]
+                _paste(canvas[i][n], weight[i][n], part, tile.box)
+    return [total / count for total, count in zip(canvas, weight)]
 
 
 # Share of an image's tokens whose mean is its score: 0.01 (R20) read 1 to 2 points less on mpdd, deeppcb and synthetic defects
@@ -1673,7 +1727,7 @@ def novelty(tokens: Sequence[Tensor], bank: Sequence[Tensor], known: Tensor, mea
 
 def _good_parts(model: ICAS, normals: Sequence[Shot]) -> GoodParts:
     """Leave-one-out: a single good part is compared, quarter by quarter, with its other three quarters; of more than 40, 40 are."""
-    sources = Counter(s.source.split("/")[0] for s in normals)
+    sources = Counter(s.image for s in normals)
     thin = sum(s.background.numel() for s in normals) > BANK
     most = max(16, BANK // max(1, len(normals) - max(sources.values())))  # that any choice of others lets a part keep
     good = []
@@ -1685,10 +1739,10 @@ def _good_parts(model: ICAS, normals: Sequence[Shot]) -> GoodParts:
     cases = []  # (good part, what it is compared with, rows and columns that count)
     if len(sources) > 1:
         for source in list(sources)[::math.ceil(len(sources) / 40)]:
-            others = [g for g in good if g.shot.source.split("/")[0] != source]
-            cases += [(g, others, (slice(None), slice(None))) for g in good if g.shot.source == f"{source}/0"]
+            others = [g for g in good if g.shot.image != source]
+            cases += [(g, others, (slice(None), slice(None))) for g in good if g.shot.image == source and not g.shot.turn]
     else:
-        for part in (g for g in good if g.shot.source.endswith("/0")):
+        for part in (g for g in good if not g.shot.turn):
             halves = [(slice(0, (n + 1) // 2), slice((n + 1) // 2, n)) for n in part.shot.background.shape]
             for window in itertools.product(*halves):
                 rest = part.shot.background.clone()
@@ -1808,7 +1862,7 @@ def _read_file(path: str | os.PathLike, name: str, form: str) -> tuple[dict[str,
 def save(model: ICAS, path: str | os.PathLike, training: dict | None = None) -> None:
     """Write the trained part (fp16), config, training record and the encoder's SHA-256 to one safetensors file."""
     tensors = {f"decoder.{k.replace('_orig_mod.', '')}": v.half().contiguous().cpu() for k, v in model.decoder.state_dict().items()}
-    tensors |= {name: getattr(model, name).float().cpu() for name in ("fusion_marked", "fusion_normal")}
+    tensors |= {name: getattr(model, name).float().cpu() for name in FUSIONS}
     _save_file(path, tensors, {"format": "icas-1", "config": json.dumps(asdict(model.config)), "version": __version__,
                                "encoder_sha256": model.encoder_sha256, "training": json.dumps(training or {})})
 
@@ -1836,7 +1890,7 @@ def load(path: str | os.PathLike | None = None, *, encoder: str | os.PathLike | 
     wanted = meta.get("encoder_sha256", "")
     model.encoder_sha256 = wanted
     _load_state(model.encoder, load_encoder(_encoder_path(Path(path), encoder, wanted)), f"encoder of {os.fspath(path)!r}")
-    for name in ("fusion_marked", "fusion_normal"):
+    for name in FUSIONS:
         if name not in tensors or tensors[name].shape != getattr(model, name).shape:
             raise ValueError(f"path: {os.fspath(path)!r} lacks {name!r} of shape {tuple(getattr(model, name).shape)}; get it again")
         setattr(model, name, tensors.pop(name))
@@ -2027,7 +2081,8 @@ def _parser():
         group = sub.add_argument_group("references")
         group.add_argument("--anomaly", nargs=2, action="append", default=[], metavar=("IMAGE", "MASK"), help="a marked defect; repeatable")
         group.add_argument("--normal", nargs="+", action="extend", default=[], metavar="IMAGE_OR_FOLDER", help="good parts")
-        group.add_argument("--turns", action="store_true", help="good parts lie any way round: encode their eight flips and quarter turns")
+        group.add_argument("--turns", action=argparse.BooleanOptionalAction, help="encode references in their eight flips and quarter turns: "
+                           "good parts too, or none (default: marked ones)")
         group.add_argument("--prompts", metavar="FILE", help="references written by `icas prompts`")
         group = sub.add_argument_group("machine")
         group.add_argument("--model", metavar="FILE", help="checkpoint (default: the shipped one)")

@@ -172,6 +172,7 @@ ROWS = [
     (lambda c: c.normal(IMAGE, MISSING_FILE), FileNotFoundError, "normals[1]: no file at"),
     (lambda c: c.normal(NAN), ValueError, "normals[0]: expected a float tensor in [0, 1]"),
     (lambda c: icas.encode([(IMAGE, MASK)], model="vits14"), TypeError, "model: expected"),
+    (lambda c: icas.encode([(IMAGE, MASK)], turns="all", model=c.tiny), TypeError, "turns: expected True, False or None, got 'all'"),
     (lambda c: c.normal(IMAGE) + [IMAGE], TypeError, "unsupported operand"),
     # detect
     (lambda c: c.detect(), ValueError, "normals: detect needs at least one good part"),
@@ -200,6 +201,7 @@ ROWS = [
     (lambda c: icas.load(c.checkpoint(meta_is(config="[]"))), ValueError, "holds no config"),
     (lambda c: icas.load(c.checkpoint(without("decoder.norm.weight"))), ValueError, "weights do not fit; missing ['norm.weight']"),
     (lambda c: icas.load(c.checkpoint(without("fusion_normal"))), ValueError, "lacks 'fusion_normal' of shape (8,)"),
+    (lambda c: icas.load(c.checkpoint(without("fusion_clicks"))), ValueError, "lacks 'fusion_clicks' of shape (8,)"),
     (lambda c: icas.load(c.checkpoint(lambda t, m: t.update({"decoder.more": torch.zeros(1)}))), ValueError, "unexpected ['more']"),
     (lambda c: icas.load(c.checkpoint(lambda t, m: t.update({"decoder.learned": torch.zeros(3, 3)}))), ValueError, "learned (3, 3) for (2, 32)"),
     (lambda c: icas.load(c.checkpoint(), device="cuda:7"), ValueError, "device: 'cuda:7' is not available here"),
@@ -246,7 +248,7 @@ def cut_references(c):
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
         meta = dict(file.metadata())
-    assert json.loads(meta["labels"]) == ["defect"]
+    assert json.loads(meta["labels"]) == ["defect"] * 8
     tensors.pop("0.maps")
     save_file(tensors, path, metadata=meta)
     return path

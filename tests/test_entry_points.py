@@ -64,7 +64,7 @@ def test_results_have_the_size_of_their_input(tiny, rng, references, shape):
 def test_a_long_image_is_tiled_and_a_long_reference_gives_a_shot_a_tile(tiny, rng):
     assert len(icas.tile_boxes(20, 60)) == 1 and len(icas.tile_boxes(3, 120)) > 10
     long = icas.encode([(picture(rng, 10, 100), blob(10, 100))], model=tiny)
-    assert len(long) == len(icas.tile_boxes(10, 100))
+    assert len(long) == 1 and len(long.shots) == 8 * len(icas.tile_boxes(10, 100))
     assert icas.segment(picture(rng), long, model=tiny).mask.shape == (40, 40)
 
 
@@ -201,6 +201,34 @@ def test_where_the_click_is_matters(tiny, rng):
     assert np.abs(at[0] - negative).max() > 1e-3
 
 
+def test_clicks_are_looked_at_twice(tiny, rng, monkeypatch):
+    image, clicks = picture(rng), {"points": [(8, 8), (35, 35)], "point_labels": [1, 0]}
+    twice = icas.segment(image, model=tiny, **clicks).score
+    tiles, odds = icas._describe(tiny, torch.from_numpy(image)), torch.full((40, 40), -0.5)
+    odds[20:30, 5:9], odds[:4] = 1.5, -1.5                                        # sure of a defect, and of a good part
+    shot, = icas._second_look(tiles, odds, *clicks.values())
+    foreground, background = np.zeros((40, 40)), np.zeros((40, 40))
+    y, x = np.mgrid[:40, :40]
+    foreground[(x - 8) ** 2 + (y - 8) ** 2 <= (40 / 74) ** 2] = foreground[20:30, 5:9] = 1
+    background[(x - 35) ** 2 + (y - 35) ** 2 <= (40 / 74) ** 2] = background[:4] = 1
+    for found, truth in ((shot.foreground, foreground), (shot.background, background)):
+        np.testing.assert_allclose(found.numpy(), truth.reshape(8, 5, 8, 5).mean(axis=(1, 3)), atol=1e-6)
+    monkeypatch.setattr(icas, "SURE", 1e9)                                        # never sure: the second look sees what the first did
+    once = icas.segment(image, model=tiny, **clicks).score
+    prompt = icas._join(tiny, icas._interactive(tiles, (40, 40), *clicks.values(), None, None))
+    first = icas._log_odds(tiny, tiles[0].features, prompt, None, clicked=True)[0]
+    np.testing.assert_allclose(once, torch.nn.functional.interpolate(first[None], (40, 40), mode="bilinear")[0, 0].sigmoid(), atol=1e-4)
+    assert np.abs(once - twice).max() > 1e-4
+
+
+def test_clicks_have_fusion_weights_of_their_own(tiny, rng, references, monkeypatch):
+    image, point = picture(rng), {"points": [(8, 8)]}
+    clicked, marked = icas.segment(image, model=tiny, **point).score, icas.segment(image, references, model=tiny).score
+    monkeypatch.setitem(tiny._buffers, "fusion_clicks", tiny.fusion_clicks * 0 - 1)
+    assert np.abs(icas.segment(image, model=tiny, **point).score - clicked).max() > 1e-3
+    np.testing.assert_array_equal(icas.segment(image, references, model=tiny).score, marked)
+
+
 def test_a_click_works_on_a_tiled_image(tiny, rng):
     assert icas.segment(picture(rng, 6, 90), points=[(85, 3)], model=tiny).mask.shape == (6, 90)
 
@@ -258,10 +286,27 @@ def test_a_reference_itself_scores_lower_than_another_picture(tiny, rng):
 def test_turns_make_a_turned_part_as_near_as_the_part_itself(tiny, rng):
     good, other = picture(rng), picture(rng)
     upright, turned = (icas.encode(normals=[good], turns=t, model=tiny) for t in (False, True))
-    assert len(turned) == 8 and len({s.source for s in turned.shots}) == 8
+    assert len(turned) == len(upright) == 1 and len({s.source for s in turned.shots}) == 8 and len(upright.shots) == 1
     lying = np.rot90(good)
     near, far = (icas.detect(lying, r, model=tiny) for r in (turned, upright))
     assert near.score < 0.5 * far.score and near.score < 0.5 * icas.detect(other, turned, model=tiny).score
+
+
+def test_a_marked_image_is_shown_in_eight_turns_and_a_turned_one_shows_the_same(tiny, rng):
+    image, mask = picture(rng), blob()
+    one, other = (icas.encode([(i, m)], [image], model=tiny) for i, m in ((image, mask), (np.rot90(image), np.rot90(mask))))
+    assert len(one) == 2 and len(one.shots) == 8 + 1
+    marked = [s for s in one.shots if s.label]
+    for shot in marked:
+        assert any(torch.allclose(shot.maps, o.maps, atol=0.02) and torch.equal(shot.foreground, o.foreground) for o in other.shots if o.label)
+    assert len({s.maps.float().sum().item() for s in marked}) == 8
+    assert len(icas.encode([(image, mask)], turns=False, model=tiny).shots) == 1
+    assert len(icas.encode([(image, mask)], [image], turns=True, model=tiny).shots) == 16
+    # of seven copies every marked token and a fourth of the others are kept
+    foreground, total = marked[0].foreground > 0, marked[0].foreground.numel()
+    kept = icas._join(tiny, marked).foreground.shape[1]
+    others = [int((~s.foreground.flatten().bool()).numpy()[s.turn % 4::4].sum()) for s in marked[1:]]
+    assert kept == total + 7 * int(foreground.sum()) + sum(others) < 4 * total
 
 
 def test_many_references_keep_a_bounded_number_of_tokens(tiny, rng, monkeypatch):

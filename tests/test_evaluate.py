@@ -155,7 +155,7 @@ def test_the_detection_recipes_on_a_known_part_find_nothing(tiny, data):
     evaluate.look(records)
     store = evaluate.Store(tiny, records)
     for name, detector in evaluate.peers(tiny, store, ["images/good 0.png"]).items():
-        same, other = (detector(store.tiles(f"images/good {i}.png")[0].features) for i in (0, 1))
+        same, other = (detector(store.tiles(f"images/good {i}.png")[0].features, f"{i}") for i in (0, 1))
         assert float(same.mean()) < 0.8 * float(other.mean()), name
 
 

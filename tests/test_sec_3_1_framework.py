@@ -92,7 +92,7 @@ def pairs(model, grid=8, batch=2, seed=0):
     shares = [F.interpolate(x[:, None], scale_factor=4)[:, 0] for x in (foreground, 1 - foreground)]
     moments = icas.pixel_moments(torch.rand(batch, 3, 8 * grid, 8 * grid, generator=make), *shares)
     return icas.Batch(icas.Features(rand(batch, width, grid, grid), torch.rand(batch, 3, 8 * grid, 8 * grid, generator=make)),
-                      rand(batch, width, grid, grid), foreground, 1 - foreground, moments, torch.zeros(batch), truths)
+                      rand(batch, 1, width, grid, grid), foreground[:, None], 1 - foreground[:, None], moments, torch.zeros(batch), truths)
 
 
 @pytest.mark.parametrize("change", [{}, {"learned_queries": True}, {"debias": 0}, {"correspondence": False}, {"blocks": (4,)},

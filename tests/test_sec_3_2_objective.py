@@ -74,7 +74,7 @@ def test_normal_references_and_targets_without_a_defect_have_a_finite_loss():
     model = fresh()
     batch = pairs(model)
     rest = [icas.Truths(torch.ones(1, 32, 32), torch.tensor([1]))] * 2
-    for changed in (batch._replace(foreground=batch.foreground * 0, background=torch.ones(2, 8, 8)), batch._replace(truths=rest)):
+    for changed in (batch._replace(foreground=batch.foreground * 0, background=torch.ones(2, 1, 8, 8)), batch._replace(truths=rest)):
         assert torch.isfinite(sum(icas.pair_loss(model, changed, torch.Generator().manual_seed(0)).values()))
 
 
