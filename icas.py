@@ -46,7 +46,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["Config", "ICAS", "References", "Segmentation", "Detection", "segment", "detect", "encode", "fit", "load", "save",
            "convert", "to_rgb", "overlay"]
 
@@ -322,11 +322,14 @@ def best_cosines(target: Tensor, reference: Tensor, *sets: Tensor) -> list[Tenso
     -1, the lowest cosine.
     """
     best = [target.new_full(target.shape[:2], -1.0) for _ in sets]
-    for part in range(0, reference.shape[1], 4096):  # bounds memory at T x 4096 cosines an image
-        cosine = target @ reference[:, part:part + 4096].transpose(1, 2)
-        for i, chosen in enumerate(sets):
-            inside = cosine.masked_fill(~chosen[:, None, part:part + 4096], -1.0).amax(dim=2)
-            best[i] = torch.maximum(best[i], inside.float())
+    shared = len(reference) == 1 and all(len(chosen) == 1 for chosen in sets)  # one prompt for all: its set is cut out once
+    for i, chosen in enumerate(sets):
+        among = reference[:, chosen[0]] if shared else reference
+        for part in range(0, among.shape[1], 4096):  # bounds memory at T x 4096 cosines an image
+            cosine = target @ among[:, part:part + 4096].transpose(1, 2)
+            if not shared:
+                cosine = cosine.masked_fill(~chosen[:, None, part:part + 4096], -1.0)
+            best[i] = torch.maximum(best[i], cosine.amax(dim=2).float())
     return best
 
 
@@ -1527,9 +1530,10 @@ class Detection:
     """What `detect` says of one image.
 
     The unit is the distance of an unseen good part's token from the good parts: 1 is as far as they are from each other, on average over
-    nearest-neighbour distance and subspace residual. Not clipped; comparable between images of one set of references.
+    nearest-neighbour distance and subspace residual. Three quarters of what the whole image is off are taken away (`local`), so a map may
+    be a little below 0. Not clipped; comparable between images of one set of references.
     """
-    score: float            # mean of the top 0.3 % of tokens, at least 0, higher is more anomalous
+    score: float            # mean of the top 0.3 % of the map's tokens, at least 0, higher is more anomalous
     map: np.ndarray         # (h, w) float32, the same unit
     threshold: float        # from the references alone
     is_anomalous: bool      # score > threshold
@@ -1725,6 +1729,15 @@ def novelty(tokens: Sequence[Tensor], bank: Sequence[Tensor], known: Tensor, mea
     return torch.stack([near, (centred - (centred @ basis) @ basis.T).norm(dim=-1)], dim=1)
 
 
+def local(distance: Tensor) -> Tensor:
+    """What to take away from (B, H0, W0) distances so that an image of a kind that the good parts do not show is not bad all over.
+
+    Three quarters of each image's median, of 1.5 at most: a part that is strange throughout stays so. returns (B, 1, 1). On mpdd, deeppcb
+    and windows of leather and crackforest image AUROC rose by 0.1, 2.6, 0.0 and 0.7.
+    """
+    return 0.75 * distance.flatten(1).median(dim=1).values.clamp(max=1.5)[:, None, None]
+
+
 def _good_parts(model: ICAS, normals: Sequence[Shot]) -> GoodParts:
     """Leave-one-out: a single good part is compared, quarter by quarter, with its other three quarters; of more than 40, 40 are."""
     sources = Counter(s.image for s in normals)
@@ -1756,7 +1769,8 @@ def _good_parts(model: ICAS, normals: Sequence[Shot]) -> GoodParts:
     typical = torch.full((2,), 0.3, device=model.device)  # for a part of one token, which cannot be halved
     if found:
         typical = torch.cat([f.flatten(2) for f in found], dim=2).mean(dim=(0, 2)).clamp_min(1e-3)
-    scores = [float(top_share((f / typical[:, None, None]).mean(dim=1), TOP)) for f in found]
+    distances = [(f / typical[:, None, None]).mean(dim=1) for f in found]
+    scores = [float(top_share(d - local(d), TOP)) for d in distances]
     return GoodParts(*_known(good), typical, scores or [1.0])
 
 
@@ -1822,9 +1836,10 @@ def _detector(model: ICAS, references: References) -> tuple[Callable[[Features],
     def abnormal(features: Features) -> Tensor:
         far = novelty(model.tokens(features.maps), good.bank, good.known, good.mean, good.basis) / good.typical[:, None]
         far = far.mean(dim=1).unflatten(1, tuple(features.maps.shape[-2:]))
+        off = local(far)
         for prompt, masks in marked.values():  # a known defect counts up to double; what is unknown keeps its distance
             far = far * (1 + F.avg_pool2d(_log_odds(model, features, prompt, masks)[0].sigmoid()[:, None], 4)[:, 0])
-        return far
+        return far - off
     return abnormal, good.scores
 
 

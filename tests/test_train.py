@@ -140,7 +140,7 @@ def test_a_killed_training_ends_with_the_same_bits(home):
 def share(home: str, path: str, *more) -> None:
     """Three steps of plain gradient descent, which does not hide a gradient of another size; weights and losses into `path`."""
     train.start_ranks("cpu") if "RANK" in os.environ else None
-    run, losses = prepared(Path(home), "--cache", f"{home}/views", "--hide-features", 0.5, *more), []
+    run, losses = prepared(Path(home), "--cache", f"{home}/views", "--hide-features", 0.5, "--shots", 2, *more), []
     run.model.decoder.requires_grad_(True)
     icas.fit(run.model, run.pairs, steps=3, lr=0.05, warmup=1, optimizer=torch.optim.SGD(run.model.decoder.parameters()),
              callback=lambda step, parts, optimizer: losses.append(parts["loss"]))
@@ -164,7 +164,7 @@ def test_two_processes_equal_one_and_so_do_micro_batches(home):
 
 
 def test_cached_and_uncached_views_give_the_same_batches_and_losses(home):
-    more = ("--views", 2, "--synthetic", 2)
+    more = ("--views", 2, "--synthetic", 2, "--shots", 3)
     fresh, kept = (prepared(home, *more, *cache) for cache in ((), ("--cache", home / "views")))
     assert [type(s) for s in kept.pairs.sources] == [train.ViewCache] * 2 and not (home / "out").exists()
     for step in range(4):
@@ -188,13 +188,50 @@ def test_without_a_number_of_views_every_draw_is_new_and_shows_the_label(home, c
 
 
 def test_a_pair_does_not_depend_on_who_draws_it(home):
-    whole = prepared(home, "--hide-features", 0.5).pairs
-    parts = prepared(home, "--hide-features", 0.5, "--accumulate", 2, "--workers", 3).pairs
+    whole = prepared(home, "--hide-features", 0.5, "--shots", 3).pairs
+    parts = prepared(home, "--hide-features", 0.5, "--shots", 3, "--accumulate", 2, "--workers", 3).pairs
     for step in (3, 4):
         one, two = whole(step)[0], parts(step)
         for i, part in enumerate(two):
             assert torch.equal(part.foreground, one.foreground[2 * i:2 * i + 2]) and torch.equal(part.hidden, one.hidden[2 * i:2 * i + 2])
             torch.testing.assert_close(part.reference, one.reference[2 * i:2 * i + 2])
+
+
+def test_a_prompt_of_several_views_shows_one_item_and_never_the_targets(home):
+    pairs = prepared(home, "--views", 4, "--shots", 3).pairs
+    source, table, sizes = pairs.sources[0], pairs.by_label[0]["spot"], set()
+    for i in range(60):
+        rng = np.random.default_rng(i)
+        target, reference = (int(v) for v in rng.choice(table, 2, replace=False))
+        chosen = pairs.prompt(0, reference, "spot", 3, target, rng)
+        assert chosen[0] == reference and len(set(chosen)) == len(chosen) and target not in chosen
+        assert {source.index[j]["image"] for j in chosen} == {source.index[reference]["image"]}
+        sizes.add(len(chosen))
+    assert max(sizes) == 3
+    view = source.view(table[0])
+    mark = (view.labels == 1).float()
+    one, two = (train.sides([(view, mark, 1 - mark)] * n, 3) for n in (1, 2))
+    assert one["foreground"].shape == (3, 8, 8) and not one["foreground"][1:].any() and not one["background"][1:].any()
+    torch.testing.assert_close(two["moments"], 2 * one["moments"])                       # moments add over shots
+    assert torch.equal(two["foreground"][1], one["foreground"][0])                        # every marked token of the copy,
+    kept = two["background"][1].flatten() > 0
+    other = (one["foreground"][0].flatten() == 0).numpy()
+    assert (kept.numpy() & other).tolist() == [bool(o) and n % 4 == 1 for n, o in enumerate(other)]   # and every fourth other
+
+
+def test_held_out_prompts_show_another_item_in_eight_turns_and_clicks_lie_on_the_target(home):
+    model = prepared(home).model
+    held = train.held_out(model, [str(home / "spots")], 0, prompts=3, targets=2)
+    assert len(held) == 6 and {h.label for h in held} == {("spots", "spot")} and {len(h.prompt) for h in held} == {8}
+    for h in held:
+        assert h.truth.shape == tuple(4 * n for n in h.target.maps.shape[-2:]) and 0 < h.truth.mean() < 0.1
+        assert all(not torch.equal(shot.maps, h.target.maps[0].half()) for shot in h.prompt)
+    for h in train.held_out(model, [str(home / "spots")], 0, prompts=3, targets=2, clicked=True):
+        (shot,) = h.prompt
+        assert torch.equal(shot.maps, h.target.maps[0].half())
+        coarse = torch.nn.functional.adaptive_avg_pool2d(h.truth[None], shot.foreground.shape)[0]
+        on, beside = (float((side * (coarse > 0)).sum() / side.sum()) for side in (shot.foreground, shot.background))
+        assert on > 0.7 and beside < 0.5 and 0 < shot.foreground.sum() < coarse.sum()      # disks reach a pixel over the edge
 
 
 def test_normal_references_are_good_parts_of_the_same_object_and_labels_are_by_object(home):
