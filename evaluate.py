@@ -46,9 +46,10 @@ from train import named, rank, read_manifest, read_record, world
 PAPER = {"semantic": "paper, MVTec AD: 52.3 with ViT-L (printed 51.1), 42.4 with ViT-S",
          "fewshot": {"elpv": {2: 84.2, 4: 84.0, 8: 88.0}, "kolektorsdd": {2: 98.4, 4: 98.8, 8: 99.4}},
          "openset": {"elpv": 88.1, "kolektorsdd": 98.5}}
-SEGMENTERS = ("icas", "S_s", "S_s mfm", "relation net", "fisher", "pixel", "nearest patch", "prototype", "nearest patch, plain",
-              "prototype, plain")
-PEERS = {"semantic": SEGMENTERS[-4:], "interactive": SEGMENTERS[-4:]}    # what a user could have without training
+# The fused score, its seven parts, and what a user could have without training, which sees the prompt as it lies; "plain": not debiased
+SEGMENTERS = ("icas", "S_s", "S_s mfm", "relation net", "margin", "prototypes", "fisher", "pixel", "nearest patch", "prototype",
+              "nearest patch, plain", "prototype, plain")
+PEERS = {"semantic": SEGMENTERS[-4:], "interactive": SEGMENTERS[-4:]}
 DETECTORS = ("icas", "nearest patch", "AnomalyDINO recipe", "SubspaceAD recipe")
 PEERS |= {"fewshot": DETECTORS[1:], "openset": DETECTORS[1:]}
 
@@ -301,10 +302,12 @@ def canvas(maps: Sequence[Tensor], tiles: Sequence[icas.Tile], shape: tuple[int,
 
 
 class Shown(NamedTuple):
-    """What an episode shows: the prompt, Q_r of its good parts, and the middle block's tokens without debiasing."""
+    """What an episode shows: the prompt, Q_r of its good parts, and for the peers the middle block's tokens of the images as they lie."""
     prompt: icas.Prompt
     reference_masks: Tensor | None
-    plain: Tensor
+    upright: list[Tensor]       # (1, R, D) debiased, and not
+    foreground: Tensor          # (1, R)
+    background: Tensor
 
 
 def clicked_maps(model: icas.ICAS, tiles: Sequence[icas.Tile], clicks: tuple[list, list], shape: tuple[int, int],
@@ -320,33 +323,35 @@ def segmentation_maps(model: icas.ICAS, tiles: Sequence[icas.Tile], shown: Shown
                       switches: dict) -> dict[str, np.ndarray]:
     """(h, w) score of each method for one target; above 0 is a defect."""
     parts: dict[str, list[Tensor]] = {m: [] for m in SEGMENTERS}
-    prompt, reference_masks, plain = shown
-    marked = bool(prompt.marked.any())
-    foreground, background = icas._surely(prompt.foreground, 0.5), icas._surely(prompt.background, 0.999)
+    marked = bool(shown.prompt.marked.any())
+    foreground, background = icas._surely(shown.foreground, 0.5), icas._surely(shown.background, 0.999)
     for tile in tiles:
-        odds, s, _ = icas._log_odds(model, tile.features, prompt, reference_masks, **switches)
-        raw, grid = raw_middle(model, tile.features.maps), tile.features.maps.shape[-2:]
-        near = icas.nearest_margin(raw, plain, foreground, background)
-        mean = icas.prototype_margin(raw, plain, prompt.foreground, background.float())
-        fine = lambda m: F.interpolate(m.view(1, 1, *grid), scale_factor=4, mode="bilinear")[0]  # noqa: E731
+        odds, s, _ = icas._log_odds(model, tile.features, shown.prompt, shown.reference_masks, **switches)
         single, matched = (s.semantic, s.semantic_mfm) if marked else (s.normal, s.normal_mfm.clamp(0, 1))
-        maps = (odds, torch.logit(single, 1e-4), torch.logit(matched, 1e-4), s.relation, s.fisher, s.pixel, s.margin, s.prototype,
-                fine(near[0] - near[1]), fine(mean))
+        maps = [odds, torch.logit(single, 1e-4), torch.logit(matched, 1e-4), s.relation, s.margin, s.prototype, s.fisher, s.pixel]
+        for tokens, reference in zip(middle_tokens(model, tile.features.maps), shown.upright):
+            near = icas.nearest_margin(tokens, reference, foreground, background)
+            mean = icas.prototype_margin(tokens, reference, shown.foreground, background.float())
+            maps += [F.interpolate(m.view(1, 1, *tile.features.maps.shape[-2:]), scale_factor=4, mode="bilinear")[0]
+                     for m in (near[0] - near[1], mean)]
         for method, part in zip(SEGMENTERS, maps):
             parts[method].append(part[0])
     return {m: canvas(p, tiles, shape) for m, p in parts.items()}
 
 
-def raw_middle(model: icas.ICAS, maps: Tensor) -> Tensor:
-    """(B, T, D) unit tokens of the middle block, not debiased."""
-    return icas.unit_tokens(maps.float().chunk(len(model.config.blocks), dim=1)[model.middle], None)
+def middle_tokens(model: icas.ICAS, maps: Tensor) -> list[Tensor]:
+    """(B, T, D) unit tokens of the middle block, debiased and not."""
+    middle = maps.float().chunk(len(model.config.blocks), dim=1)[model.middle]
+    return [icas.unit_tokens(middle, basis) for basis in (model.bases(*maps.shape[-2:])[model.middle], None)]
 
 
 def show(model: icas.ICAS, shots: Sequence[icas.Shot]) -> Shown:
     normals = [s for s in shots if not s.label]
-    kept = lambda s: icas.kept_tokens(s.foreground, s.turn if s.label else 0)  # noqa: E731  as `icas._join` does
-    plain = torch.cat([raw_middle(model, s.maps[None].to(model.device))[:, kept(s)] for s in shots], dim=1)
-    return Shown(icas._join(model, shots), icas._reference_masks(model, normals), plain)
+    lying = [s for s in shots if not s.turn]
+    upright = [torch.cat(tokens, dim=1) for tokens in zip(*(middle_tokens(model, s.maps[None].to(model.device)) for s in lying))]
+    sides = (torch.cat([side.flatten() for side in some])[None].to(model.device)
+             for some in ([s.foreground for s in lying], [s.background for s in lying]))
+    return Shown(icas._join(model, shots), icas._reference_masks(model, normals), upright, *sides)
 
 
 def clicks_on(truth: np.ndarray, count: int, *key) -> tuple[list, list]:

@@ -1451,7 +1451,7 @@ SURE = 1.0  # log-odds beyond which a first look at clicks is believed; chosen o
 def _second_look(tiles: Sequence[Tile], odds: Tensor, points, point_labels) -> list[Shot]:
     """What a first look at clicks is sure of, and the clicks, as shots of the image: a mask where there were a few disks.
 
-    odds (H, W) of the first look. On the training sets a second look adds 4, 3 and 0 points of IoU at 1, 3 and 5 clicks.
+    odds (H, W) of the first look. On the training sets mean IoU at 1, 3 and 5 clicks went from 40.8, 49.0, 48.5 to 44.5, 52.2, 48.0.
     """
     h, w = odds.shape
     positive, negative = (disks(p, h, w).to(odds.device) for p in _clicks(points, point_labels, h, w))

@@ -729,7 +729,7 @@ def learn_fusion(model: icas.ICAS, held: Sequence[Held]) -> Tensor:
     """Weights of the fused log-odds (R18), on sets that the decoder was not trained on.
 
     Maximises the soft IoU of each label, pooled over its episodes as the protocol does, each set counting alike, and stays near equal
-    weights (`icas.EQUAL`): with the penalty 0.1 in place of 0.01 a left-out set loses a point, with 0.003 it gains 0.3 or loses as much.
+    weights (`icas.EQUAL`): over nine sets, one left out in turn, the penalties 0.1, 0.03, 0.01 and 0.003 read 45.9, 46.6, 47.0 and 47.3.
     Prints each part alone, and the fusion with each set left out.
     """
     generator, terms, truths, owner = torch.Generator().manual_seed(0), [], [], []
