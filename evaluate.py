@@ -511,8 +511,7 @@ def score_detection(model: icas.ICAS, store: Store, episode: dict, masks: bool) 
             weights = 1 / np.bincount(regions.ravel(), minlength=count + 1)[regions[truth]]
         for method, detector in methods.items():
             maps = [detector(t.features, f"{name} {i}") for i, t in enumerate(tiles)]
-            share = icas.TOP if method == "icas" else 0.01
-            entry = {"score": max(float(icas.top_share(m[None], share)) for m in maps)}
+            entry = {"score": max(float(icas.top_share(m[None])) for m in maps)}
             if masks:
                 whole = canvas(maps, tiles, truth.shape)
                 if method == "AnomalyDINO recipe":

@@ -1530,10 +1530,10 @@ class Detection:
     """What `detect` says of one image.
 
     The unit is the distance of an unseen good part's token from the good parts: 1 is as far as they are from each other, on average over
-    nearest-neighbour distance and subspace residual. Three quarters of what the whole image is off are taken away (`local`), so a map may
-    be a little below 0. Not clipped; comparable between images of one set of references.
+    nearest-neighbour distance and subspace residual. Half of what the whole image is off is taken away (`local`), so a map may be a
+    little below 0. Not clipped; comparable between images of one set of references.
     """
-    score: float            # mean of the top 0.3 % of the map's tokens, at least 0, higher is more anomalous
+    score: float            # mean of the top 1 % of the map's tokens (R20), at least 0, higher is more anomalous
     map: np.ndarray         # (h, w) float32, the same unit
     threshold: float        # from the references alone
     is_anomalous: bool      # score > threshold
@@ -1672,10 +1672,6 @@ def _odds_maps(model: ICAS, tiles: Sequence[tuple[int, Tile]], shapes: Sequence[
     return [total / count for total, count in zip(canvas, weight)]
 
 
-# Share of an image's tokens whose mean is its score: 0.01 (R20) read 1 to 2 points less on mpdd, deeppcb and synthetic defects
-TOP = 0.003
-
-
 class GoodParts(NamedTuple):
     """What good parts look like (`detect`)."""
     bank: list[Tensor]   # (1, R, D) a tapped block: their tokens, debiased unit vectors
@@ -1732,10 +1728,10 @@ def novelty(tokens: Sequence[Tensor], bank: Sequence[Tensor], known: Tensor, mea
 def local(distance: Tensor) -> Tensor:
     """What to take away from (B, H0, W0) distances so that an image of a kind that the good parts do not show is not bad all over.
 
-    Three quarters of each image's median, of 1.5 at most: a part that is strange throughout stays so. returns (B, 1, 1). On mpdd, deeppcb
-    and windows of leather and crackforest image AUROC rose by 0.1, 2.6, 0.0 and 0.7.
+    Half of each image's median, of 1.5 at most: a part that is strange throughout stays so. returns (B, 1, 1). Mean image AUROC of mpdd,
+    deeppcb and windows of seven more training sets at 2, 4 and 8 good parts: 80.8 without, 82.2 with it.
     """
-    return 0.75 * distance.flatten(1).median(dim=1).values.clamp(max=1.5)[:, None, None]
+    return 0.5 * distance.flatten(1).median(dim=1).values.clamp(max=1.5)[:, None, None]
 
 
 def _good_parts(model: ICAS, normals: Sequence[Shot]) -> GoodParts:
@@ -1770,7 +1766,7 @@ def _good_parts(model: ICAS, normals: Sequence[Shot]) -> GoodParts:
     if found:
         typical = torch.cat([f.flatten(2) for f in found], dim=2).mean(dim=(0, 2)).clamp_min(1e-3)
     distances = [(f / typical[:, None, None]).mean(dim=1) for f in found]
-    scores = [float(top_share(d - local(d), TOP)) for d in distances]
+    scores = [float(top_share(d - local(d))) for d in distances]
     return GoodParts(*_known(good), typical, scores or [1.0])
 
 
@@ -1816,7 +1812,7 @@ def detect(images: Any, references: References | None = None, *, normals: Sequen
         peaks = [-math.inf] * len(chunk)
         for members, features in _batches([t for _, t in tiles], batch_size):
             token_maps = abnormal(features)
-            for m, part, peak in zip(members, token_maps, top_share(token_maps, TOP)):
+            for m, part, peak in zip(members, token_maps, top_share(token_maps)):
                 i, tile = tiles[m]
                 peaks[i] = max(peaks[i], float(peak))
                 _paste(canvas[i], weight[i], part, tile.box)
