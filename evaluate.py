@@ -235,8 +235,8 @@ def check(episodes: Sequence[dict], records: Sequence[dict]) -> None:
 class Store:
     """Images of one category, each encoded once, on demand; features are kept in half precision."""
 
-    def __init__(self, model: icas.ICAS, records: Sequence[dict], batch_size: int = 1):
-        self.model, self.records, self.kept, self.labels = model, {r["name"]: r for r in records}, {}, {}
+    def __init__(self, model: icas.ICAS, records: Sequence[dict], batch_size: int = 1, turns: bool = True):
+        self.model, self.records, self.kept, self.labels, self.turns = model, {r["name"]: r for r in records}, {}, {}, turns
         self.batch_size = 1 if model.device.type == "cpu" else batch_size  # on a CPU as fast, and no figure depends on it
         self.place = {name: i for i, name in enumerate(self.records)}
 
@@ -280,9 +280,12 @@ class Store:
     def shots(self, name: str, label: str = "") -> list[icas.Shot]:
         """A prompt as `icas.encode` makes it: the marked label in eight turns, or a good part as it lies."""
         if label:
-            return icas._turned_shots(self.model, self.pixels(name), torch.from_numpy(self.truth(name, label)), label, str(self.place[name]), True)
+            return self.marked(name, torch.from_numpy(self.truth(name, label)), label)
         good = torch.ones(self.truth(name).shape)
         return icas._shots(self.tiles(name), 1 - good, good, "", f"{self.place[name]}/0")
+
+    def marked(self, name: str, mask: Tensor, label: str) -> list[icas.Shot]:
+        return icas._turned_shots(self.model, self.pixels(name), mask, label, str(self.place[name]), self.turns)
 
     def shown(self, episode: dict) -> list[icas.Shot]:
         """All that an episode shows: marked prompts, then good parts."""
@@ -488,7 +491,7 @@ def pseudo_shot(model: icas.ICAS, store: Store, name: str, normals: Sequence[ica
     shape = store.truth(name).shape
     found = canvas([abnormal(t.features)[0] for t in tiles], tiles, shape)
     marked = torch.from_numpy(found >= np.quantile(found, 0.98))
-    return icas._turned_shots(model, store.pixels(name), marked, "anomalous", str(store.place[name]), True)
+    return store.marked(name, marked, "anomalous")
 
 
 def score_detection(model: icas.ICAS, store: Store, episode: dict, masks: bool) -> dict:
@@ -781,6 +784,7 @@ def parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("switches of the method (Tables 7, 12, and METHOD's readings)")
     group.add_argument("--mfm", action=argparse.BooleanOptionalAction, default=True, help="mask-level feature matching")
     group.add_argument("--gqs", action=argparse.BooleanOptionalAction, default=True, help="greedy query selection")
+    group.add_argument("--turns", action=argparse.BooleanOptionalAction, default=True, help="show marked prompts in eight flips and turns")
     group.add_argument("--queries", type=int, help="K, content queries (default: the checkpoint's)")
     group.add_argument("--debias", type=int, help="positional directions projected out (default: the checkpoint's; 0: none)")
     group.add_argument("--plain-sum", action="store_true", help="the paper's unnormalised S + S^mfm in place of the fused score")
@@ -805,9 +809,9 @@ def start(args: argparse.Namespace) -> tuple[icas.ICAS, str]:
 
 @torch.inference_mode()
 def run_category(task: str, model: icas.ICAS, records: list[dict], episodes: list[dict], switches: dict, name: str,
-                 pictures: Path | None, batch_size: int) -> tuple[dict, list[Path]]:
+                 pictures: Path | None, batch_size: int, turns: bool) -> tuple[dict, list[Path]]:
     """Rows of one category, and its pictures."""
-    store, masks = Store(model, records, batch_size), any(r["shows"] for r in records)
+    store, masks = Store(model, records, batch_size, turns), any(r["shows"] for r in records)
     scored, details = [], []
     for e in tqdm(episodes, desc=f"{task} {name}", disable=not sys.stderr.isatty() or rank() > 0):
         if task in ("semantic", "interactive"):
@@ -865,7 +869,7 @@ def run(args: argparse.Namespace) -> int:
         plans[name] = replayed["episodes"][name] if replayed else plan(args.task, records, args)
         check(plans[name], records)
     for name, records in categories.items():
-        chosen = {k: v for k, v in vars(args).items() if k in ("mfm", "gqs", "queries", "debias", "plain_sum", "strips")}
+        chosen = {k: v for k, v in vars(args).items() if k in ("mfm", "gqs", "turns", "queries", "debias", "plain_sum", "strips")}
         key = json.dumps([args.task, plans[name], chosen, args.figures, checkpoint, icas.__version__, icas._sha256(icas.__file__)],
                          sort_keys=True)
         part = out / "parts" / f"{args.task}-{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
@@ -874,7 +878,7 @@ def run(args: argparse.Namespace) -> int:
             results[name], made = kept["rows"], [Path(p) for p in kept["pictures"]]
         else:
             folder = Path(args.figures) if args.figures else None
-            results[name], made = run_category(args.task, model, records, plans[name], switches, name, folder, args.batch_size)
+            results[name], made = run_category(args.task, model, records, plans[name], switches, name, folder, args.batch_size, args.turns)
             if rank() == 0:
                 part.parent.mkdir(parents=True, exist_ok=True)
                 whole = part.with_suffix(".part")

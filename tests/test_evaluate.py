@@ -76,6 +76,14 @@ def test_every_task_runs_draws_and_replays_the_same(checkpoint, data, tmp_path, 
     assert pictures and all(p.name in page for p in pictures) and "icas" in page
 
 
+def test_peers_see_the_prompt_as_it_lies(checkpoint, data, tmp_path):
+    turned, lying = (run("--task", "semantic", "--data", data, "--seeds", 1, switch, checkpoint=checkpoint, out=tmp_path / switch)["data"]["toy"]
+                     for switch in ("--turns", "--no-turns"))
+    same = {m for m in evaluate.SEGMENTERS if turned[m] == lying[m]}
+    assert set(evaluate.PEERS["semantic"]) <= same < set(evaluate.SEGMENTERS)
+    assert lying["margin"] == lying["nearest patch"] and lying["prototypes"] == lying["prototype"]
+
+
 def test_a_second_run_reads_the_finished_categories(checkpoint, data, tmp_path, monkeypatch):
     arguments = ("--task", "fewshot", "--data", data, "--seeds", 1, "--shots", 1)
     first = run(*arguments, checkpoint=checkpoint, out=tmp_path / "out")
