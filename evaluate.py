@@ -40,7 +40,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import icas
-from train import named, rank, read_manifest, read_record, world
+from train import named, rank, read_manifest, read_pixels, read_record, world
 
 # The paper's cells for orientation: as printed, but where METHOD 3 says that a printed mean is not the mean of its cells
 PAPER = {"semantic": "paper, MVTec AD: 52.3 with ViT-L (printed 51.1), 42.4 with ViT-S",
@@ -246,9 +246,9 @@ class Store:
 
     def pixels(self, name: str) -> Tensor:
         """(H, W, 3) uint8; the label map is kept beside, it is small and asked for in every episode."""
-        image, labels = read_record(self.records[name])
+        image, labels = read_pixels(self.records[name])
         self.labels[name] = labels.numpy()
-        return (image * 255).round().byte().permute(1, 2, 0)
+        return image
 
     def encode(self, wanted: Sequence[str]) -> None:
         """Encode what is not there yet, tiles of one size together."""

@@ -157,6 +157,12 @@ def read_record(record: dict) -> tuple[Tensor, Tensor]:
     return in_box(record, image), in_box(record, labels)
 
 
+def read_pixels(record: dict) -> tuple[Tensor, Tensor]:
+    """The same as (H, W, 3) uint8 and (H, W) uint8."""
+    image, labels = read_record(record)
+    return (image * 255).round().byte().permute(1, 2, 0), labels
+
+
 def in_box(record: dict, array):
     """The part of a (..., H, W) array that counts."""
     x0, y0, x1, y1 = record.get("box", [None] * 4)
@@ -345,7 +351,7 @@ class FreshViews:
     def __init__(self, name: str, records: list[dict], size: int, patch: int, turns: bool, views: int = 0, seed: int = 0, workers: int = 1):
         self.name, self.size, self.grid, self.turns, self.seed, self.workers = name, size, size // patch, turns, seed, workers
         self.fixed, self.records = views > 0, [r for r in records for _ in range(max(1, views))]
-        self.index = [{"names": by_category(r), "group": r.get("group", r["image"]), "image": r["image"], "category": r.get("category", "")}
+        self.index = [{"names": by_category(r), "group": group(r), "image": r["image"], "category": r.get("category", "")}
                       for r in self.records]
         self.recipe = {"views": views, "seed": seed, "records": digest([[Path(r["image"]).name, named(r), r.get("box")] for r in records])}
 
@@ -687,31 +693,41 @@ def held_out(model: icas.ICAS, manifests: Sequence[str], seed: int, prompts: int
     Images of more than 3:1 are left out."""
     held = []
     for manifest in manifests:
-        records = [r for r in choose(manifest, 300, 1, seed) if "mask" in r]
-        shown = [shown_names(by_category(r), in_box(r, read_labels(r))) for r in records]
-        groups, name = [r.get("group", r["image"]) for r in records], records[0]["set"] if records else ""
-        for label, entries in sorted(group_by((n, i) for i, names in enumerate(shown) for n in names).items()):
+        records, shown = held_records(manifest, seed)
+        groups = [group(r) for r in records]
+        for label, entries in labels_of_two(records, shown).items():
             rng = np.random.default_rng([seed, zlib.crc32(label.encode())])
             for i in rng.permutation(entries)[:prompts]:
-                image, mask = marked(records[i], shown[i][label])
+                image, labels = read_pixels(records[i])
                 others = [j for j in rng.permutation(entries) if groups[j] != groups[i]][:targets]
-                prompt = icas._turned_shots(model, image, mask, label, str(i), True) if others and not clicked else []
+                prompt = [] if clicked else icas._turned_shots(model, image, labels == shown[i][label], label, str(i), True)
                 for n, j in enumerate(others):
-                    image, mask = marked(records[j], shown[j][label])
+                    image, labels = read_pixels(records[j])
+                    mask = labels == shown[j][label]
                     if len(tiles := icas._describe(model, image)) > 1:
                         continue
                     if clicked:
                         foreground, background = (clicks(side, (1, 3, 5)[n % 3], rng) for side in (mask.numpy(), ~mask.numpy()))
                         prompt = icas._shots(tiles, foreground, background * (1 - foreground), label)
                     h0, w0 = tiles[0].features.maps.shape[-2:]
-                    held.append(Held((name, label), prompt, tiles[0].features, icas.token_share(mask[None], 4 * h0, 4 * w0)[0]))
+                    held.append(Held((records[j]["set"], label), prompt, tiles[0].features, icas.token_share(mask[None], 4 * h0, 4 * w0)[0]))
     return held
 
 
-def marked(record: dict, value: int) -> tuple[Tensor, Tensor]:
-    """(H, W, 3) uint8 image and (H, W) bool mask of one label."""
-    image, labels = read_record(record)
-    return (image * 255).round().byte().permute(1, 2, 0), labels == value
+def held_records(manifest: str, seed: int) -> tuple[list[dict], list[dict[str, int]]]:
+    """Marked records of a held-out set, and {label: value} that each shows."""
+    records = [r for r in choose(manifest, 300, 1, seed) if "mask" in r]
+    return records, [shown_names(by_category(r), in_box(r, read_labels(r))) for r in records]
+
+
+def labels_of_two(records: Sequence[dict], shown: Sequence[dict[str, int]]) -> dict[str, list[int]]:
+    """Label -> numbers of the records that show it, of those that two items show."""
+    table = group_by((name, i) for i, names in enumerate(shown) for name in names)
+    return {label: entries for label, entries in sorted(table.items()) if len({group(records[i]) for i in entries}) > 1}
+
+
+def group(record: dict) -> str:
+    return record.get("group", record["image"])
 
 
 @torch.inference_mode()
@@ -996,8 +1012,10 @@ def prepare(args: argparse.Namespace) -> Run:
     if args.synthetic:
         sources.append(FreshSynthetic(args.data, args.synthetic, model.config.image_size, model.config.patch_size,
                                       0 if args.dry_run else 3 * views, args.seed))
-    for manifests in () if args.dry_run else (args.validate, args.held_out):
+    for name, manifests, seed in (("--validate", args.validate, 1), ("--held-out", args.held_out, args.seed)):
         open_sources(args, model, manifests, False, 0)
+        if manifests and not args.dry_run and not any(labels_of_two(*held_records(m, seed)) for m in manifests):
+            raise ValueError(f"{name}: no label is in two images of different groups")
     weights = args.weights or [1.0] * len(sources)
     if len(weights) != len(sources) or min(weights) < 0 or not sum(weights):
         raise ValueError(f"--weights: expected {len(sources)} numbers, one for each of {[c.name for c in sources]}, got {args.weights}")
@@ -1010,8 +1028,6 @@ def prepare(args: argparse.Namespace) -> Run:
     if empty:
         raise ValueError(f"--data: no label is in two images of {empty}; leave them out")
     validation = [] if args.dry_run else held_out(model, args.validate, 1, 4, 4)
-    if args.validate and not args.dry_run and not validation:
-        raise ValueError("--validate: no label is in two images of different groups")
     return Run(model, pairs, args.steps or {"generic": 50_000, "anomaly": 5_000}[args.stage], validation, state, done)
 
 
@@ -1079,7 +1095,6 @@ def train(args: argparse.Namespace, run: Run) -> None:
     icas.fit(model, run.pairs, steps=run.steps, lr=args.lr, seed=args.seed, start=begin, optimizer=optimizer, callback=Progress(args, run, best))
     if rank() == 0:
         for name, clicked in (("fusion_marked", False), ("fusion_clicks", True)) if args.held_out else ():
-            model.decoder.requires_grad_(False)
             if held := held_out(model, args.held_out, args.seed, clicked=clicked):
                 setattr(model, name, learn_fusion(model, held).to(model.device))
         icas.save(model, out / "last.safetensors", {"arguments": vars(args)})

@@ -281,6 +281,11 @@ def test_validation_prints_the_baselines_and_keeps_the_best(home, capsys):
     log = [json.loads(line) for line in (home / "out" / "log.jsonl").read_text().splitlines()]
     assert set(log[-1]["validation"]) == {"icas", "nearest patch", "prototype"}
     assert train.main(arguments(home, home / "o", "--validate", home / "spots")) == 2
+    make_data(home, count=1, name="lone")
+    for option in ("--validate", "--held-out"):
+        assert train.main(arguments(home, home / "o", option, home / "lone")) == 2
+        assert f"{option}: no label is in two images of different groups" in capsys.readouterr().err
+    assert train.main(arguments(home, home / "o", "--dry-run", "--held-out", home / "nowhere")) == 2
     one = make_data(home, count=1, name="one")
     assert train.main(arguments(home, home / "o", "--validate", one)) == 2 and "no label is in two images" in capsys.readouterr().err
 
