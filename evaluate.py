@@ -50,8 +50,12 @@ PAPER = {"semantic": "paper, MVTec AD: 52.3 with ViT-L (printed 51.1), 42.4 with
 SEGMENTERS = ("icas", "S_s", "S_s mfm", "relation net", "margin", "prototypes", "fisher", "pixel", "nearest patch", "prototype",
               "nearest patch, plain", "prototype, plain")
 PEERS = {"semantic": SEGMENTERS[-4:], "interactive": SEGMENTERS[-4:]}
-DETECTORS = ("icas", "nearest patch", "AnomalyDINO recipe", "SubspaceAD recipe")
-PEERS |= {"fewshot": DETECTORS[1:], "openset": DETECTORS[1:]}
+# icas, without the marked anomaly (open-set), its two distances each alone, and both without `icas.local`; with --ablation the decoder's
+# scores alone and as a factor; then the peers
+DETECTORS = ("icas", "without the anomaly", "nearest neighbour", "subspace residual", "without the median", "S_n", "S_n mfm", "times S_n",
+             "times S_n mfm", "nearest patch", "AnomalyDINO recipe", "SubspaceAD recipe")
+PEERS |= {"fewshot": DETECTORS[-3:], "openset": DETECTORS[-3:]}
+RATES = (0.01, 0.05, 0.1, 0.2)   # false positive rates that are asked of `icas.detect` and compared with what is observed
 
 
 # ---- Data ----------------------------------------------------------------------------------------------------------------
@@ -235,7 +239,7 @@ def check(episodes: Sequence[dict], records: Sequence[dict]) -> None:
 class Store:
     """Images of one category, each encoded once, on demand; features are kept in half precision."""
 
-    def __init__(self, model: icas.ICAS, records: Sequence[dict], batch_size: int = 1, turns: bool = True):
+    def __init__(self, model: icas.ICAS, records: Sequence[dict], batch_size: int = 1, turns: bool | None = None):
         self.model, self.records, self.kept, self.labels, self.turns = model, {r["name"]: r for r in records}, {}, {}, turns
         self.batch_size = 1 if model.device.type == "cpu" else batch_size  # on a CPU as fast, and no figure depends on it
         self.place = {name: i for i, name in enumerate(self.records)}
@@ -278,11 +282,12 @@ class Store:
         return labels > 0 if label is None else labels == self.records[name]["shows"].get(label, -1)
 
     def shots(self, name: str, label: str = "") -> list[icas.Shot]:
-        """A prompt as `icas.encode` makes it: the marked label in eight turns, or a good part as it lies."""
+        """A prompt as `icas.encode` makes it: the marked label, or a good part, which is kept: seeds and shots share it."""
         if label:
             return self.marked(name, torch.from_numpy(self.truth(name, label)), label)
-        good = torch.ones(self.truth(name).shape)
-        return icas._shots(self.tiles(name), 1 - good, good, "", f"{self.place[name]}/0")
+        if ("good", name) not in self.kept:
+            self.kept["good", name] = self.marked(name, torch.zeros(self.truth(name).shape), "")
+        return self.kept["good", name]
 
     def marked(self, name: str, mask: Tensor, label: str) -> list[icas.Shot]:
         return icas._turned_shots(self.model, self.pixels(name), mask, label, str(self.place[name]), self.turns)
@@ -329,7 +334,7 @@ def segmentation_maps(model: icas.ICAS, tiles: Sequence[icas.Tile], shown: Shown
     marked = bool(shown.prompt.marked.any())
     foreground, background = icas._surely(shown.foreground, 0.5), icas._surely(shown.background, 0.999)
     for tile in tiles:
-        odds, s, _ = icas._log_odds(model, tile.features, shown.prompt, shown.reference_masks, **switches)
+        odds, s = icas._log_odds(model, tile.features, shown.prompt, shown.reference_masks, **switches)
         single, matched = (s.semantic, s.semantic_mfm) if marked else (s.normal, s.normal_mfm.clamp(0, 1))
         maps = [odds, torch.logit(single, 1e-4), torch.logit(matched, 1e-4), s.relation, s.margin, s.prototype, s.fisher, s.pixel]
         for tokens, reference in zip(middle_tokens(model, tile.features.maps), shown.upright):
@@ -485,36 +490,58 @@ def sortable(values: np.ndarray) -> np.ndarray:
     return np.where(bits & 0x8000, ~bits, bits | 0x8000)
 
 
-def pseudo_shot(model: icas.ICAS, store: Store, name: str, normals: Sequence[icas.Shot]) -> list[icas.Shot]:
+def pseudo_shot(model: icas.ICAS, store: Store, name: str, good: icas.GoodParts) -> list[icas.Shot]:
     """A known bad part without a mask: its most abnormal 2 % of tokens stand for one."""
-    abnormal, tiles = icas._detector(model, icas.References(list(normals)))[0], store.tiles(name)
-    shape = store.truth(name).shape
-    found = canvas([abnormal(t.features)[0] for t in tiles], tiles, shape)
-    marked = torch.from_numpy(found >= np.quantile(found, 0.98))
-    return store.marked(name, marked, "anomalous")
+    tiles = store.tiles(name)
+    maps = [icas.abnormal(model, t.features, icas.distances(model, t.features, good), {})[0] for t in tiles]
+    found = canvas(maps, tiles, store.truth(name).shape)
+    return store.marked(name, torch.from_numpy(found >= np.quantile(found, 0.98)), "anomalous")
 
 
-def score_detection(model: icas.ICAS, store: Store, episode: dict, masks: bool) -> dict:
-    """(method, image) -> {"score", and with masks "bad", "clean", "regions", "count": histograms for pixel AUROC and PRO}."""
+def detection_maps(model: icas.ICAS, features: icas.Features, tile: str, good: icas.GoodParts, marked: dict, normal: tuple | None,
+                   others: dict[str, Detector]) -> dict[str, Tensor]:
+    """Method -> (H0, W0) map of one tile. normal: the good parts as the decoder's prompt and Q_r, for the ablation."""
+    far = icas.distances(model, features, good)
+    work = lambda far, marked={}: icas.abnormal(model, features, far, marked)  # noqa: E731
+    maps = {"icas": work(far, marked), "nearest neighbour": work(far[:, :1]), "subspace residual": work(far[:, 1:]),
+            "without the median": far.mean(dim=1)}
+    if marked:
+        maps["without the anomaly"] = work(far)
+    if normal:
+        scores = icas._log_odds(model, features, *normal)[1]
+        for name, fine in (("S_n", scores.normal), ("S_n mfm", scores.normal_mfm)):
+            maps[name] = F.avg_pool2d(fine[:, None], 4)[:, 0]
+            maps[f"times {name}"] = work(far * (1 + maps[name][:, None]))
+    return {m: x[0] for m, x in maps.items()} | {m: detector(features, tile) for m, detector in others.items()}
+
+
+def score_detection(model: icas.ICAS, store: Store, episode: dict, masks: bool, switches: dict) -> dict:
+    """(method, image) -> {"score", for icas "above" {rate: bool}, and with masks "bad", "clean", "regions", "count": histograms for pixel
+    AUROC and PRO}."""
     normals, label = episode["normals"], episode.get("label", "")
-    shots = [s for n in normals for s in store.shots(n)]
-    for name in episode.get("prompts", []):
-        shots += store.shots(name, label) if store.records[name]["shows"] else pseudo_shot(model, store, name, shots)
-    references = icas.References(shots, model.encoder_sha256, model.config.blocks)
-    ours = icas._detector(model, references)[0]
-    methods = {"icas": lambda features, tile: ours(features)[0]} | peers(model, store, normals)
+    known = icas.References([s for n in normals for s in store.shots(n)], model.encoder_sha256, model.config.blocks)
+    good = icas._known_good(model, known)
+    shots = [s for n in episode.get("prompts", []) for s in
+             (store.shots(n, label) if store.records[n]["shows"] else pseudo_shot(model, store, n, good))]
+    marked = icas._prompts(model, icas.References(shots + known.shots)) if shots else {}
+    normal = icas._prompts(model, known)[""] if switches["ablation"] else None
+    others = peers(model, store, normals) if switches["peers"] else {}
+    cuts = {rate: icas.normal_threshold(good.scores, rate) for rate in RATES}
     found = {}
     mine = store.mine(episode["tests"])
     store.encode(mine)
     for name in mine:
         tiles = store.tiles(name)
+        parts = [detection_maps(model, t.features, f"{name} {i}", good, marked, normal, others) for i, t in enumerate(tiles)]
         if masks:
             truth = store.truth(name)
             regions, count = ndimage.label(truth, structure=np.ones((3, 3)))
             weights = 1 / np.bincount(regions.ravel(), minlength=count + 1)[regions[truth]]
-        for method, detector in methods.items():
-            maps = [detector(t.features, f"{name} {i}") for i, t in enumerate(tiles)]
+        for method in parts[0]:
+            maps = [p[method] for p in parts]
             entry = {"score": max(float(icas.top_share(m[None])) for m in maps)}
+            if method == "icas":
+                entry["above"] = {rate: entry["score"] > cut for rate, cut in cuts.items()}
             if masks:
                 whole = canvas(maps, tiles, truth.shape)
                 if method == "AnomalyDINO recipe":
@@ -548,25 +575,30 @@ def pixel_metrics(entries: Sequence[dict]) -> dict:
 
 
 def detection_metrics(found: dict, episode: dict, store: Store, masks: bool) -> dict[str, dict]:
-    """Method -> image AUROC, AUPR, F1-max, and with masks pixel AUROC and PRO; in percent."""
+    """Method -> image AUROC, AUPR, F1-max, and with masks pixel AUROC and PRO; of icas also the shares of good and of bad parts that its
+    thresholds call bad; in percent."""
     truth = [int(store.records[n]["bad"]) for n in episode["tests"]]
     if len(set(truth)) < 2:
         raise ValueError(f"episode seed {episode['seed']}: all tests are {'bad' if truth[0] else 'good'}: AUROC is undefined")
     result = {}
-    for method in DETECTORS:
+    for method in (m for m in DETECTORS if (m, episode["tests"][0]) in found):
         entries = [found[method, n] for n in episode["tests"]]
         scores = [e["score"] for e in entries]
         precision, recall, _ = precision_recall_curve(truth, scores)
         f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
         result[method] = {"image_auroc": 100 * float(roc_auc_score(truth, scores)), "f1_max": 100 * float(f1.max()),
                           "aupr": 100 * float(average_precision_score(truth, scores))} | (pixel_metrics(entries) if masks else {})
+    for rate in RATES:
+        above = np.array([found["icas", n]["above"][rate] for n in episode["tests"]])
+        result["icas"] |= {f"{what} at {rate:g}": 100 * float(above[np.array(truth) == bad].mean())
+                           for bad, what in enumerate(("false positives", "found"))}
     return result
 
 
 def summarise_detection(scored: Sequence[tuple[dict, dict]]) -> dict:
     """Episodes' metrics -> per method: mean and spread over seeds for each number of shots (few-shot) or setting (open-set)."""
     axis, rows = "setting" if "setting" in scored[0][0] else "shots", {}
-    for method in DETECTORS:
+    for method in scored[0][1]:
         rows[method] = {}
         for value in dict.fromkeys(e[axis] for e, _ in scored):
             mine = [m[method] for e, m in scored if e[axis] == value]
@@ -640,6 +672,10 @@ def table(task: str, name: str, rows: dict) -> str:
             if metric in rows["icas"][columns[0]]:
                 lines.append(f"{title}, %")
                 lines += [f"  {m:<20}" + "".join(f"{r[c].get(metric, math.nan):>9.1f}       " for c in columns) for m, r in rows.items()]
+        for what, title in (("false positives", "good parts that icas calls bad"), ("found", "bad parts that icas calls bad")):
+            lines.append(f"{title}, %, at a false positive rate of")
+            lines += [f"  {f'{100 * rate:g} %':<20}" + "".join(f"{rows['icas'][c][f'{what} at {rate:g}']:>9.1f}       " for c in columns)
+                      for rate in RATES]
         return "\n".join(lines)
     types = list(rows["icas"]["iou"])
     extra = [k for k in ("shots", "clicks") if len(rows["icas"].get(k, {})) > 1]
@@ -724,7 +760,7 @@ def figures(folder: Path, task: str, model: icas.ICAS, store: Store, episodes: S
     e, found = episodes[last], details[last]
     truth = [int(store.records[n]["bad"]) for n in e["tests"]]
     figure, axis = plt.subplots(figsize=(4, 4))
-    for method in DETECTORS:
+    for method in (m for m in ("icas", *PEERS[task]) if (m, e["tests"][0]) in found):
         fpr, tpr, _ = roc_curve(truth, [found[method, n]["score"] for n in e["tests"]])
         axis.plot(fpr, tpr, label=method)
     axis.set(xlabel="false positive rate", ylabel="true positive rate", title=f"{name}, seed {e['seed']}, {e['shots']} good parts")
@@ -743,6 +779,26 @@ def figures(folder: Path, task: str, model: icas.ICAS, store: Store, episodes: S
     figure.suptitle(f"{name}: bad parts with the lowest scores, good parts with the highest", fontsize=9)
     keep(figure, "worst")
     return made
+
+
+def false_positives(folder: Path, results: dict) -> list[Path]:
+    """One picture: the false positive rate that was asked for against the one that was observed, a panel a category."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    folder.mkdir(parents=True, exist_ok=True)
+    figure, axes = plt.subplots(1, len(results), figsize=(4 * len(results), 4), squeeze=False)
+    for axis, (name, rows) in zip(axes[0], results.items()):
+        for column, row in rows["icas"].items():
+            axis.plot(RATES, [row[f"false positives at {rate:g}"] / 100 for rate in RATES], marker="o",
+                      label=f"{column} good part{'' if column == '1' else 's'}" if column.isdigit() else column)
+        axis.plot(RATES, RATES, color="grey", linestyle=":", label="as asked")
+        axis.set(xlabel="false positive rate asked for", ylabel="observed on good parts", title=name)
+        axis.legend(fontsize=7)
+    path = folder / "false_positives.png"
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    return [path]
 
 
 def write_page(path: Path, task: str, text: str, pictures: Sequence[Path]) -> None:
@@ -779,14 +835,18 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--encoder", choices=[n + r for n in icas.ENCODERS for r in ("", "-reg")],
                        help="speed only: the paper's shapes on this encoder with random weights, in place of a checkpoint")
     group.add_argument("--sam", action=argparse.BooleanOptionalAction, default=True, help="speed: time SAM ViT-H too (needs transformers)")
+    group.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True,
+                       help="fewshot, openset: the training-free methods too; without them many good parts take minutes, not hours")
     group.add_argument("--batch-size", type=int, default=8, help="images encoded at once on a GPU (default 8; on a CPU one by one)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default auto)")
     group = parser.add_argument_group("switches of the method (Tables 7, 12, and METHOD's readings)")
     group.add_argument("--mfm", action=argparse.BooleanOptionalAction, default=True, help="mask-level feature matching")
     group.add_argument("--gqs", action=argparse.BooleanOptionalAction, default=True, help="greedy query selection")
-    group.add_argument("--turns", action=argparse.BooleanOptionalAction, default=True, help="show marked prompts in eight flips and turns")
+    group.add_argument("--turns", action=argparse.BooleanOptionalAction, help="show all prompts in eight flips and quarter turns, or as they "
+                       "lie (default: marked ones in eight, good parts in four)")
     group.add_argument("--queries", type=int, help="K, content queries (default: the checkpoint's)")
     group.add_argument("--debias", type=int, help="positional directions projected out (default: the checkpoint's; 0: none)")
+    group.add_argument("--ablation", action="store_true", help="fewshot, openset: the decoder's S_n and S_n^mfm too, alone and as a factor")
     group.add_argument("--plain-sum", action="store_true", help="the paper's unnormalised S + S^mfm in place of the fused score")
     parser.add_argument("--figures", metavar="DIR", help="write pictures and DIR/index.html")
     return parser
@@ -809,7 +869,7 @@ def start(args: argparse.Namespace) -> tuple[icas.ICAS, str]:
 
 @torch.inference_mode()
 def run_category(task: str, model: icas.ICAS, records: list[dict], episodes: list[dict], switches: dict, name: str,
-                 pictures: Path | None, batch_size: int, turns: bool) -> tuple[dict, list[Path]]:
+                 pictures: Path | None, batch_size: int, turns: bool | None) -> tuple[dict, list[Path]]:
     """Rows of one category, and its pictures."""
     store, masks = Store(model, records, batch_size, turns), any(r["shows"] for r in records)
     scored, details = [], []
@@ -818,7 +878,7 @@ def run_category(task: str, model: icas.ICAS, records: list[dict], episodes: lis
             found = gather(score_segmentation(model, store, e, switches))
             scored.append((e, iou_metrics(found, e)))
         else:
-            found = gather(score_detection(model, store, e, masks))
+            found = gather(score_detection(model, store, e, masks, switches))
             scored.append((e, detection_metrics(found, e, store, masks)))
         details.append(found if pictures else {})
     rows = (summarise_segmentation if task in ("semantic", "interactive") else summarise_detection)(scored)
@@ -856,7 +916,8 @@ def run(args: argparse.Namespace) -> int:
             if category in categories:
                 raise ValueError(f"--data: category {category!r} comes twice, the second time from {source!r}")
             categories[category] = records
-    switches = {"mfm": args.mfm, "gqs": args.gqs}
+    segmenting = args.task in ("semantic", "interactive")
+    switches = {"mfm": args.mfm, "gqs": args.gqs} if segmenting else {"ablation": args.ablation, "peers": args.peers}
     checkpoint, results, pictures, plans = icas._sha256(path) if path else "", {}, [], {}
     for name, records in categories.items():
         look(records)
@@ -869,7 +930,7 @@ def run(args: argparse.Namespace) -> int:
         plans[name] = replayed["episodes"][name] if replayed else plan(args.task, records, args)
         check(plans[name], records)
     for name, records in categories.items():
-        chosen = {k: v for k, v in vars(args).items() if k in ("mfm", "gqs", "turns", "queries", "debias", "plain_sum", "strips")}
+        chosen = {k: v for k, v in vars(args).items() if k in ("turns", "queries", "debias", "plain_sum", "strips")} | switches
         key = json.dumps([args.task, plans[name], chosen, args.figures, checkpoint, icas.__version__, icas._sha256(icas.__file__)],
                          sort_keys=True)
         part = out / "parts" / f"{args.task}-{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
@@ -887,7 +948,6 @@ def run(args: argparse.Namespace) -> int:
         pictures += made
     if rank():
         return 0
-    segmenting = args.task in ("semantic", "interactive")
     first = next(iter(results.values()))
     if segmenting:
         row = lambda m: {"mean_iou": float(np.mean([r[m]["mean_iou"] for r in results.values()])), "iou": first[m]["iou"]}  # noqa: E731
@@ -895,7 +955,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         mean = lambda m: {c: float(np.mean([r[m][c]["image_auroc"] for r in results.values() if c in r[m]]))  # noqa: E731
                           for c in first[m]}
-        head = {"image_auroc": mean("icas"), "baselines": {m: {"image_auroc": mean(m)} for m in PEERS[args.task]}}
+        head = {"image_auroc": mean("icas"), "baselines": {m: {"image_auroc": mean(m)} for m in PEERS[args.task] if m in first}}
     text = "\n\n".join(f"{name}\n{table(args.task, name, rows)}" for name, rows in results.items())
     record = rounded(head | {"task": args.task, "data": results, "episodes": plans}) | {
         "arguments": vars(args), "checkpoint_sha256": checkpoint, "seconds": round(time.time() - began),
@@ -904,6 +964,7 @@ def run(args: argparse.Namespace) -> int:
     (out / "results.json").write_text(json.dumps(record, indent=1))
     (out / "tables.txt").write_text(text + "\n")
     if args.figures:
+        pictures += false_positives(Path(args.figures), results) if not segmenting else []
         write_page(Path(args.figures) / "index.html", args.task, text, pictures)
     print(text)
     return 0

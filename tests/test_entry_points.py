@@ -289,8 +289,8 @@ def test_turns_make_a_turned_part_as_near_as_the_part_itself(tiny, rng):
     assert len(turned) == len(upright) == 1 and len({s.source for s in turned.shots}) == 8 and len(upright.shots) == 1
     lying = np.rot90(good)
     near, far = (icas.detect(lying, r, model=tiny) for r in (turned, upright))
-    assert near.score < 0.5 * far.score
-    assert near.score < 0.7 * icas.detect(other, turned, model=tiny).score      # noise is off everywhere: most of that is taken away
+    assert near.score < 0.8 * far.score                                         # of a turned copy every fourth token is kept
+    assert near.score < icas.detect(other, turned, model=tiny).score            # noise is off everywhere: most of that is taken away
 
 
 def test_what_is_off_everywhere_counts_less_but_a_strange_part_stays_strange():
@@ -303,7 +303,7 @@ def test_what_is_off_everywhere_counts_less_but_a_strange_part_stays_strange():
 def test_a_marked_image_is_shown_in_eight_turns_and_a_turned_one_shows_the_same(tiny, rng):
     image, mask = picture(rng), blob()
     one, other = (icas.encode([(i, m)], [image], model=tiny) for i, m in ((image, mask), (np.rot90(image), np.rot90(mask))))
-    assert len(one) == 2 and len(one.shots) == 8 + 1
+    assert len(one) == 2 and len(one.shots) == 8 + 4
     marked = [s for s in one.shots if s.label]
     for shot in marked:
         assert any(torch.allclose(shot.maps, o.maps, atol=0.02) and torch.equal(shot.foreground, o.foreground) for o in other.shots if o.label)
@@ -319,10 +319,10 @@ def test_a_marked_image_is_shown_in_eight_turns_and_a_turned_one_shows_the_same(
 
 def test_many_references_keep_a_bounded_number_of_tokens(tiny, rng, monkeypatch):
     goods = [picture(rng) for _ in range(6)]
-    whole = icas.encode(normals=goods, model=tiny)
+    whole = icas.encode(normals=goods, turns=False, model=tiny)
     every = icas.detect(goods[0], whole, model=tiny).score
     monkeypatch.setattr(icas, "BANK", 6 * 20)
-    bounded = icas.encode(normals=goods, model=tiny)
+    bounded = icas.encode(normals=goods, turns=False, model=tiny)
     assert icas._join(tiny, bounded.shots).foreground.shape[1] == 6 * 20 < icas._join(tiny, bounded.shots[:1]).foreground.shape[1] * 6
     assert icas.detect(goods[0], bounded, model=tiny).score >= every - 1e-6
 

@@ -84,6 +84,30 @@ def test_peers_see_the_prompt_as_it_lies(checkpoint, data, tmp_path):
     assert lying["margin"] == lying["nearest patch"] and lying["prototypes"] == lying["prototype"]
 
 
+def test_rows_of_parts_ablation_and_peers_and_the_rates_of_false_positives(checkpoint, data, tmp_path):
+    few = run("--task", "fewshot", "--data", data, "--seeds", 1, "--shots", 2, "--ablation", "--figures", tmp_path / "fig", checkpoint=checkpoint,
+              out=tmp_path / "few")["data"]["toy"]
+    known = run("--task", "openset", "--data", data, "--seeds", 1, "--normals", 2, "--no-peers", checkpoint=checkpoint, out=tmp_path / "open")
+    decoder = {"S_n", "S_n mfm", "times S_n", "times S_n mfm"}
+    assert set(few) == set(evaluate.DETECTORS) - {"without the anomaly"}
+    assert set(known["data"]["toy"]) == set(evaluate.DETECTORS) - decoder - set(evaluate.PEERS["openset"]) and known["baselines"] == {}
+    assert set(few["icas"]["2"]) > set(few["S_n"]["2"])                       # only icas has a threshold
+    for what in ("false positives", "found"):
+        rates = [few["icas"]["2"][f"{what} at {rate:g}"] for rate in evaluate.RATES]
+        assert rates == sorted(rates) and 0 <= rates[0] and rates[-1] <= 100
+    assert (tmp_path / "fig" / "false_positives.png").is_file()
+    assert "good parts that icas calls bad" in (tmp_path / "few" / "tables.txt").read_text()
+
+
+def test_what_is_called_bad_is_counted_apart_on_good_and_bad_parts():
+    class Records:
+        records = {n: {"bad": n > "d"} for n in "abcdefg"}
+    found = {("icas", n): {"score": float(i), "above": {rate: i > 5 - 10 * rate for rate in evaluate.RATES}} for i, n in enumerate("abcdefg")}
+    row = evaluate.detection_metrics(found, {"tests": list("abcdefg"), "seed": 0}, Records, False)["icas"]
+    assert row["image_auroc"] == 100 and [row[f"found at {r:g}"] for r in evaluate.RATES] == pytest.approx([200 / 3, 200 / 3, 200 / 3, 100], abs=0.1)
+    assert [row[f"false positives at {r:g}"] for r in evaluate.RATES] == [0, 0, 0, 0]
+
+
 def test_a_second_run_reads_the_finished_categories(checkpoint, data, tmp_path, monkeypatch):
     arguments = ("--task", "fewshot", "--data", data, "--seeds", 1, "--shots", 1)
     first = run(*arguments, checkpoint=checkpoint, out=tmp_path / "out")

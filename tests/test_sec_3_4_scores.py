@@ -23,8 +23,7 @@ def case(tiny, rng):
     reference = [icas.F.normalize(t(1, 7, 48), dim=-1) for _ in config.blocks]
     foreground = torch.tensor([[0.0, 0.2, 1.0, 0.7, 0.0, 0.0, 0.1]])
     prompt = icas.Prompt(reference, t(1, 7, config.dim), foreground, 1 - foreground, torch.eye(icas.PIXEL + 1).repeat(1, 2, 1, 1))
-    maps = t(1, icas.RELATIONS * 3 + 2, h0, w0), t(1, icas.APPEARANCE, 4 * h0, 4 * w0)
-    return tiny, decoded, tokens, prompt, maps
+    return tiny, decoded, tokens, prompt, t(1, icas.APPEARANCE, 4 * h0, 4 * w0)
 
 
 def by_hand(model, decoded, tokens, prompt, reference_masks=None):
@@ -53,9 +52,9 @@ def by_hand(model, decoded, tokens, prompt, reference_masks=None):
 
 @pytest.mark.parametrize("with_normals", [False, True])
 def test_every_score_equals_its_equation(case, rng, with_normals):
-    model, decoded, tokens, prompt, maps = case
+    model, decoded, tokens, prompt, looks = case
     normals = icas.F.normalize(torch.from_numpy(rng.normal(size=(1, 9, 48))).float(), dim=-1) if with_normals else None
-    got = icas.score(model.decoder, decoded, tokens, prompt, maps, model.middle, normals)
+    got = icas.score(model.decoder, decoded, tokens, prompt, looks, model.middle, normals)
     expected = by_hand(model, decoded, tokens, prompt, normals)
     for one, other in zip((got.semantic, got.semantic_mfm, got.normal, got.normal_mfm), expected):
         np.testing.assert_allclose(one[0].numpy(), other, rtol=2e-4, atol=1e-6)
@@ -63,8 +62,8 @@ def test_every_score_equals_its_equation(case, rng, with_normals):
 
 
 def test_without_mfm_the_semantic_score_stands_in_its_place(case):
-    model, decoded, tokens, prompt, maps = case
-    got = icas.score(model.decoder, decoded, tokens, prompt, maps, model.middle, mfm=False)
+    model, decoded, tokens, prompt, looks = case
+    got = icas.score(model.decoder, decoded, tokens, prompt, looks, model.middle, mfm=False)
     assert torch.equal(got.semantic, got.semantic_mfm) and torch.equal(got.normal, got.normal_mfm)
 
 

@@ -226,6 +226,10 @@ def test_held_out_prompts_show_another_item_in_eight_turns_and_clicks_lie_on_the
     for h in held:
         assert h.truth.shape == tuple(4 * n for n in h.target.maps.shape[-2:]) and 0 < h.truth.mean() < 0.1
         assert all(not torch.equal(shot.maps, h.target.maps[0].half()) for shot in h.prompt)
+    more = train.held_out(model, [str(home / "spots")], 0, prompts=3, targets=2, good=1)
+    clean = [h for h in more if not h.truth.any()]
+    assert len(more) == 9 and len(clean) == 3 and {h.label for h in clean} == {("spots", "spot")}
+    assert torch.isfinite(train.learn_fusion(model, more)).all()
     for h in train.held_out(model, [str(home / "spots")], 0, prompts=3, targets=2, clicked=True):
         (shot,) = h.prompt
         assert torch.equal(shot.maps, h.target.maps[0].half())
