@@ -437,26 +437,27 @@ def rotations(pixels: Tensor, angles: Sequence[float]) -> list[Tensor]:
 Detector = Callable[[icas.Features, str], Tensor]   # one tile's features, its name -> (H0, W0) map of how abnormal its tokens are
 
 
-def turned(model: icas.ICAS, store: Store, name: str) -> list[Tensor]:
-    """Tokens of eight turns of a good part: one (R, D) a tapped block, not debiased; kept in the store."""
+def turned(model: icas.ICAS, store: Store, name: str) -> tuple[Tensor, Tensor]:
+    """(R, D) tokens of eight turns of a good part, as they are: of the last block, and the middle blocks' mean; kept in the store."""
     if ("turned", name) not in store.kept:
-        maps = [t.features.maps[0] for p in rotations(store.pixels(name), range(0, 360, 45)) for t in icas._describe(model, p)]
-        store.kept["turned", name] = torch.cat([m.flatten(1).T for m in maps]).half()
-    return list(store.kept["turned", name].float().chunk(len(model.config.blocks), dim=1))
+        maps = [t.features.maps for p in rotations(store.pixels(name), range(0, 360, 45)) for t in icas._describe(model, p)]
+        both = [(last_block(model, m), middle_mean(model, m)) for m in maps]
+        store.kept["turned", name] = tuple(torch.cat(tokens).half() for tokens in zip(*both))
+    last, middle = store.kept["turned", name]
+    return last.float(), middle.float()
 
 
-def middle_mean(tokens: Sequence[Tensor]) -> Tensor:
-    """Mean of the tapped blocks but the last (SubspaceAD takes several middle blocks)."""
-    return torch.stack(list(tokens[:-1] or tokens)).mean(dim=0)
+def last_block(model: icas.ICAS, maps: Tensor) -> Tensor:
+    return maps[0].chunk(len(model.config.blocks))[-1].flatten(1).T
+
+
+def middle_mean(model: icas.ICAS, maps: Tensor) -> Tensor:
+    return icas.middle_mean(maps, len(model.config.blocks))[0]
 
 
 def peers(model: icas.ICAS, store: Store, normals: Sequence[str]) -> dict[str, Detector]:
     """The training-free detectors, as their authors describe them, on our encoder."""
-    middle = middle_mean([torch.cat(block) for block in zip(*(turned(model, store, n) for n in normals))])
-    mean, basis = icas.subspace(middle, 0.99)
-
-    def split(features: icas.Features) -> tuple[list[Tensor], torch.Size]:
-        return [m.flatten(1).T for m in features.maps[0].chunk(len(model.config.blocks))], features.maps.shape[-2:]
+    mean, basis = icas.subspace(torch.cat([turned(model, store, n)[1] for n in normals]), 0.99)
 
     def nearest(kind: str, tile: str, tokens: Tensor, known: Callable[[str], Tensor]) -> Tensor:
         """1 - best cosine (T,); that of a tile and a good part is computed once and kept: seeds and shots share them."""
@@ -469,13 +470,13 @@ def peers(model: icas.ICAS, store: Store, normals: Sequence[str]) -> dict[str, D
         return 1 - torch.stack(best).amax(dim=0)
 
     def nearest_last(features: icas.Features, tile: str) -> Tensor:
-        tokens, grid = split(features)
-        return nearest("last", tile, F.normalize(tokens[-1], dim=-1), lambda n: F.normalize(turned(model, store, n)[-1], dim=-1)).view(grid)
+        tokens = F.normalize(last_block(model, features.maps), dim=-1)
+        known = lambda n: F.normalize(turned(model, store, n)[0], dim=-1)  # noqa: E731
+        return nearest("last", tile, tokens, known).view(features.maps.shape[-2:])
 
     def residual(features: icas.Features, tile: str) -> Tensor:
-        tokens, grid = split(features)
-        centred = middle_mean(tokens) - mean
-        return (centred - (centred @ basis) @ basis.T).norm(dim=1).view(grid)
+        centred = middle_mean(model, features.maps) - mean
+        return (centred - (centred @ basis) @ basis.T).norm(dim=1).view(features.maps.shape[-2:])
 
     def upright(features: icas.Features, tile: str) -> Tensor:
         debiased = lambda maps: model.tokens(maps)[model.middle][0]  # noqa: E731

@@ -1301,8 +1301,8 @@ def encode(anomalies: Sequence = (), normals: Sequence = (), *, turns: bool | No
     anomalies  (image, mask) or (image, mask, label) each; the label "defect" if none is given.
     normals    images of good parts.
     turns      by default marked anomalies are encoded in their eight flips and quarter turns, in eight times the time, since a defect lies
-               any way round, and good parts in the four that keep their shape. True: all in eight; False: as they lie, for parts of which
-               a mirrored one is bad.
+               any way round, and good parts in the four that keep their shape, if 40 or fewer are given: more show enough. True: all in
+               eight. False: as they lie, for parts of which a mirrored one is bad.
     Raises ValueError, TypeError or FileNotFoundError, with the argument's place in the message.
 
         scratch = encode(anomalies=[("scratched.png", "mask.png", "scratch")], normals=["good.png"])
@@ -1321,6 +1321,8 @@ def encode(anomalies: Sequence = (), normals: Sequence = (), *, turns: bool | No
         image = to_rgb(entry[0], f"anomalies[{i}] image")
         mask = to_mask(entry[1], tuple(image.shape[:2]), f"anomalies[{i}] mask")
         shots += _turned_shots(model, image, mask, label, _hash(image), turns)
+    if turns is None and len(_sequence(normals, "normals")) > 40:
+        turns = False  # 1,000 parts are 2.1 GB so
     for i, entry in enumerate(_sequence(normals, "normals")):
         image = to_rgb(entry, f"normals[{i}]")
         shots += _turned_shots(model, image, torch.zeros(image.shape[:2]), "", _hash(image), turns)
@@ -1704,7 +1706,8 @@ class GoodParts(NamedTuple):
 class GoodShot(NamedTuple):
     """A view of a good part, its tokens made once for all that it is compared with."""
     shot: Shot
-    tokens: list[Tensor]   # (1, T, D) a tapped block
+    tokens: list[Tensor]   # (1, T, D) a tapped block, debiased unit vectors
+    whole: Tensor          # (1, T, D), see `middle_mean`
     order: Tensor          # (T or fewer,) which to keep, the first ones where not all may be kept
 
 
@@ -1715,10 +1718,11 @@ def _known(shots: Sequence[GoodShot]) -> tuple[list[Tensor], Tensor, Tensor, Ten
     bank = [torch.cat([t[:, k] for t, k in zip(tokens, kept)], dim=1) for tokens in zip(*(s.tokens for s in shots))]
     background = torch.cat([s.shot.background.to(bank[0].device).flatten()[k] for s, k in zip(shots, kept)])
     known = _surely(background[None], 0.999)
-    return bank, known, *subspace(_middle_blocks(bank)[1][known])
+    whole = torch.cat([s.whole[:, k] for s, k in zip(shots, kept)], dim=1)
+    return bank, known, *subspace(whole[known])
 
 
-def subspace(tokens: Tensor, kept: float = 0.95) -> tuple[Tensor, Tensor]:
+def subspace(tokens: Tensor, kept: float = 0.99) -> tuple[Tensor, Tensor]:
     """Mean (D,) and basis (D, r) of the directions that hold `kept` of the variance of tokens (R, D)."""
     mean = tokens.mean(dim=0)
     values, vectors = torch.linalg.eigh((tokens - mean).T @ (tokens - mean))
@@ -1727,20 +1731,23 @@ def subspace(tokens: Tensor, kept: float = 0.95) -> tuple[Tensor, Tensor]:
     return mean, vectors[:, :rank]
 
 
-def _middle_blocks(tokens: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """The tapped blocks but the last, and the direction of their mean: unit (B, T, D) each."""
-    used = list(tokens[:-1] or tokens)
-    return used, F.normalize(torch.stack(used).sum(dim=0), dim=-1)
+def middle_mean(maps: Tensor, blocks: int) -> Tensor:
+    """(B, blocks * D, H0, W0) -> (B, T, D): mean of the tapped blocks but the last, with place and length, which `unit_tokens` takes away.
 
-
-def novelty(tokens: Sequence[Tensor], bank: Sequence[Tensor], known: Tensor, mean: Tensor, basis: Tensor) -> Tensor:
-    """How far target tokens are from good parts', two ways (B, 2, T): 1 - best cosine, and the residual outside their subspace.
-
-    tokens, bank  one (B, T, D) and (1, R, D) of debiased unit vectors a tapped block; known (1, R) bool says which of the bank count.
+    The residual of these finds more than that of debiased unit vectors (eight training sets, image AUROC: 82.5 and 81.1).
     """
-    used, middle = _middle_blocks(tokens)
-    near = torch.stack([1 - best_cosines(t, r, known)[0] for t, r in zip(used, bank)]).mean(dim=0)
-    centred = middle - mean
+    return rearrange(maps.float(), "b (n d) h w -> n b (h w) d", n=blocks)[:max(1, blocks - 1)].mean(dim=0)
+
+
+def novelty(tokens: Sequence[Tensor], whole: Tensor, bank: Sequence[Tensor], known: Tensor, mean: Tensor, basis: Tensor) -> Tensor:
+    """How far target tokens are from good parts', two ways (B, 2, T): 1 - best cosine, mean of the blocks, and the residual outside their
+    subspace.
+
+    tokens, bank  one (B, T, D) and (1, R, D) of debiased unit vectors a tapped block, of which the last is not used; whole (B, T, D) of
+                  `middle_mean`; known (1, R) bool says which of the bank count.
+    """
+    near = torch.stack([1 - best_cosines(t, r, known)[0] for t, r in zip(tokens[:-1] or tokens, bank)]).mean(dim=0)
+    centred = whole - mean
     return torch.stack([near, (centred - (centred @ basis) @ basis.T).norm(dim=-1)], dim=1)
 
 
@@ -1759,11 +1766,12 @@ def _good_parts(model: ICAS, normals: Sequence[Shot]) -> GoodParts:
     most = max(16, BANK // max(1, len(normals) - max(sources.values())))  # that any choice of others lets a view keep
     good, share = [], _share(normals)
     for shot in normals:
-        tokens = model.tokens(shot.maps[None].to(model.device).float())
+        maps = shot.maps[None].to(model.device).float()
+        tokens = model.tokens(maps)
         order = kept_tokens(shot.foreground, shot.turn).to(model.device).nonzero()[:, 0]
         if share < len(order):
             order = order[greedy_queries(tokens[model.middle][:, order], most)[0]]
-        good.append(GoodShot(shot, tokens, order))
+        good.append(GoodShot(shot, tokens, middle_mean(maps, len(tokens)), order))
     cases = []  # (good part, what it is compared with, rows and columns that count)
     if len(sources) > 1:
         for source in list(sources)[::math.ceil(len(sources) / 40)]:
@@ -1779,7 +1787,7 @@ def _good_parts(model: ICAS, normals: Sequence[Shot]) -> GoodParts:
                     cases.append((part, [part._replace(shot=part.shot._replace(background=rest))], window))
     found = []
     for part, others, window in cases:
-        far = novelty(part.tokens, *_known(others))
+        far = novelty(part.tokens, part.whole, *_known(others))
         found.append(far.unflatten(2, tuple(part.shot.background.shape))[:, :, window[0], window[1]])
     typical = torch.full((2,), 0.3, device=model.device)  # for a part of one token, which cannot be halved
     if found:
@@ -1849,7 +1857,8 @@ def _known_good(model: ICAS, references: References) -> GoodParts:
 
 def distances(model: ICAS, features: Features, good: GoodParts) -> Tensor:
     """(B, 2, H0, W0) nearest-neighbour distance and subspace residual of each token, 1 on average for an unseen good part's."""
-    far = novelty(model.tokens(features.maps), good.bank, good.known, good.mean, good.basis) / good.typical[:, None]
+    tokens, whole = model.tokens(features.maps), middle_mean(features.maps, len(model.config.blocks))
+    far = novelty(tokens, whole, good.bank, good.known, good.mean, good.basis) / good.typical[:, None]
     return far.unflatten(2, tuple(features.maps.shape[-2:]))
 
 
@@ -2118,8 +2127,8 @@ def _parser():
         group = sub.add_argument_group("references")
         group.add_argument("--anomaly", nargs=2, action="append", default=[], metavar=("IMAGE", "MASK"), help="a marked defect; repeatable")
         group.add_argument("--normal", nargs="+", action="extend", default=[], metavar="IMAGE_OR_FOLDER", help="good parts")
-        group.add_argument("--turns", action=argparse.BooleanOptionalAction, help="encode references in their eight flips and quarter turns: "
-                           "good parts too, or none (default: marked ones)")
+        group.add_argument("--turns", action=argparse.BooleanOptionalAction, help="encode all references in eight flips and quarter "
+                           "turns, or as they lie (default: marked ones in eight, good parts in the four that keep their shape)")
         group.add_argument("--prompts", metavar="FILE", help="references written by `icas prompts`")
         group = sub.add_argument_group("machine")
         group.add_argument("--model", metavar="FILE", help="checkpoint (default: the shipped one)")

@@ -310,11 +310,20 @@ def test_a_marked_image_is_shown_in_eight_turns_and_a_turned_one_shows_the_same(
     assert len({s.maps.float().sum().item() for s in marked}) == 8
     assert len(icas.encode([(image, mask)], turns=False, model=tiny).shots) == 1
     assert len(icas.encode([(image, mask)], [image], turns=True, model=tiny).shots) == 16
+    many = [rng.integers(0, 256, (14, 14, 3), dtype=np.uint8) for _ in range(41)]
+    assert [len(icas.encode(normals=many[:n], model=tiny).shots) for n in (40, 41)] == [160, 41]
     # of seven copies every marked token and a fourth of the others are kept
     foreground, total = marked[0].foreground > 0, marked[0].foreground.numel()
     kept = icas._join(tiny, marked).foreground.shape[1]
     others = [int((~s.foreground.flatten().bool()).numpy()[s.turn % 4::4].sum()) for s in marked[1:]]
     assert kept == total + 7 * int(foreground.sum()) + sum(others) < 4 * total
+
+
+def test_the_relation_net_sees_the_prompt_as_it_lies_and_the_matching_all_turns(tiny, rng):
+    image, mask, target = picture(rng), blob(), icas._describe(tiny, torch.from_numpy(picture(rng)))[0].features
+    turned, lying = (icas._log_odds(tiny, target, icas._join(tiny, icas.encode([(image, mask)], turns=t, model=tiny).shots), None)[1] for t in (None, False))
+    assert torch.equal(turned.relation, lying.relation) and torch.equal(turned.pixel, lying.pixel)
+    assert not any(torch.equal(getattr(turned, name), getattr(lying, name)) for name in ("semantic", "semantic_mfm", "margin", "prototype", "fisher"))
 
 
 def test_many_references_keep_a_bounded_number_of_tokens(tiny, rng, monkeypatch):
