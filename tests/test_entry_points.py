@@ -277,6 +277,14 @@ def test_detect_scores_maps_and_thresholds(tiny, rng, count):
     assert strict > found[0].threshold > lax
 
 
+def test_good_parts_of_several_tiles_have_one_score_each(tiny, rng):
+    goods = [picture(rng, 12, 60) for _ in range(3)]
+    references = icas.encode(normals=goods, model=tiny)
+    assert len(references.shots) > 3 * 4 and len(icas._known_good(tiny, references).scores) == icas._known_good(tiny, references).parts == 3
+    alone = icas._known_good(tiny, icas.encode(normals=goods[:1], model=tiny))
+    assert alone.parts == 1 and len(alone.scores) > 3
+
+
 def test_a_reference_itself_scores_lower_than_another_picture(tiny, rng):
     good = picture(rng)
     references = icas.encode(normals=[good], model=tiny)

@@ -139,14 +139,18 @@ def test_novelty_is_the_nearest_cosine_and_the_residual_of_a_subspace(rng):
     bank, target = [unit(rng.normal(size=(1, 60, 8))) for _ in range(3)], [unit(rng.normal(size=(1, 5, 8))) for _ in range(3)]
     known = (np.arange(60) < 50)[None]
     t = lambda arrays: [torch.from_numpy(a) for a in arrays]  # noqa: E731
-    middle = unit(bank[0] + bank[1])[0, :50]
+    blocks = [rng.normal(size=(1, 8, 1, 55)) for _ in range(3)]                       # maps: 50 tokens of good parts, 5 of the target
+    both = (blocks[0] + blocks[1])[0, :, 0].T / 2                                     # the last block is left out
+    whole = icas.middle_mean(torch.from_numpy(np.concatenate(blocks, axis=1)), 3)
+    np.testing.assert_allclose(whole[0].numpy(), both, atol=1e-6)
+    middle = both[:50]
     mean, basis = icas.subspace(torch.from_numpy(middle), 0.8)
     values = np.sort(np.linalg.svd(middle - middle.mean(axis=0))[1] ** 2)[::-1]
     assert values[:basis.shape[1]].sum() >= 0.8 * values.sum() > values[:basis.shape[1] - 1].sum()
-    near, residual = icas.novelty(t(target), t(bank), torch.from_numpy(known), mean, basis)[0].numpy()
-    expected = np.mean([(1 - target[b][0] @ bank[b][0, :50].T).min(axis=1) for b in range(2)], axis=0)   # the last block is left out
+    near, residual = icas.novelty(t(target), torch.from_numpy(both[None, 50:]), t(bank), torch.from_numpy(known), mean, basis)[0].numpy()
+    expected = np.mean([(1 - target[b][0] @ bank[b][0, :50].T).min(axis=1) for b in range(2)], axis=0)
     np.testing.assert_allclose(near, expected, atol=1e-6)
-    x = unit(target[0] + target[1])[0] - middle.mean(axis=0)
+    x = both[50:] - middle.mean(axis=0)
     axes = np.linalg.svd(middle - middle.mean(axis=0))[2][:basis.shape[1]]
     np.testing.assert_allclose(residual, np.linalg.norm(x - x @ axes.T @ axes, axis=1), atol=1e-6)
 
@@ -159,7 +163,9 @@ def test_the_image_score_is_the_mean_of_the_top_percent(rng):
 
 def test_the_threshold_rises_as_fewer_false_alarms_are_allowed_and_falls_with_more_parts(rng):
     scores = rng.normal(1, 0.05, 40)
-    cuts = [icas.normal_threshold(scores, rate) for rate in (0.2, 0.05, 0.01)]
+    def threshold(scores, rate, parts=None):
+        return icas.normal_threshold(icas.GoodParts(*[None] * 5, list(scores), parts or len(scores)), rate)
+    cuts = [threshold(scores, rate) for rate in (0.2, 0.05, 0.01)]
     assert cuts[0] < cuts[1] < cuts[2]
-    assert icas.normal_threshold(scores[:2].repeat(1), 0.01) > cuts[2]
+    assert threshold(scores[:4], 0.01, 1) > threshold(scores[:2], 0.01) > cuts[2]     # four quarters of one part say less than two parts
     assert (scores > cuts[2]).mean() <= 0.05
