@@ -788,7 +788,7 @@ def false_positives(folder: Path, results: dict) -> list[Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     folder.mkdir(parents=True, exist_ok=True)
-    figure, axes = plt.subplots(1, len(results), figsize=(4 * len(results), 4), squeeze=False)
+    figure, axes = plt.subplots(1, len(results), figsize=(4 * len(results), 4), squeeze=False, layout="constrained")
     for axis, (name, rows) in zip(axes[0], results.items()):
         for column, row in rows["icas"].items():
             axis.plot(RATES, [row[f"false positives at {rate:g}"] / 100 for rate in RATES], marker="o",
