@@ -284,12 +284,13 @@ class Store:
     def shots(self, name: str, label: str = "") -> list[icas.Shot]:
         """A prompt as `icas.encode` makes it: the marked label, or a good part, which is kept: seeds and shots share it."""
         if label:
-            return self.marked(name, torch.from_numpy(self.truth(name, label)), label)
+            return self.views(name, torch.from_numpy(self.truth(name, label)), label)
         if ("good", name) not in self.kept:
-            self.kept["good", name] = self.marked(name, torch.zeros(self.truth(name).shape), "")
+            self.kept["good", name] = self.views(name, torch.zeros(self.truth(name).shape), "")
         return self.kept["good", name]
 
-    def marked(self, name: str, mask: Tensor, label: str) -> list[icas.Shot]:
+    def views(self, name: str, mask: Tensor, label: str) -> list[icas.Shot]:
+        """Shots of an image in the turns that `icas.encode` gives it, or --turns; mask (h, w), all 0 with the label "" of a good part."""
         return icas._turned_shots(self.model, self.pixels(name), mask, label, str(self.place[name]), self.turns)
 
     def shown(self, episode: dict) -> list[icas.Shot]:
@@ -475,8 +476,7 @@ def peers(model: icas.ICAS, store: Store, normals: Sequence[str]) -> dict[str, D
         return nearest("last", tile, tokens, known).view(features.maps.shape[-2:])
 
     def residual(features: icas.Features, tile: str) -> Tensor:
-        centred = middle_mean(model, features.maps) - mean
-        return (centred - (centred @ basis) @ basis.T).norm(dim=1).view(features.maps.shape[-2:])
+        return icas.residual(middle_mean(model, features.maps), mean, basis).view(features.maps.shape[-2:])
 
     def upright(features: icas.Features, tile: str) -> Tensor:
         debiased = lambda maps: model.tokens(maps)[model.middle][0]  # noqa: E731
@@ -496,7 +496,7 @@ def pseudo_shot(model: icas.ICAS, store: Store, name: str, good: icas.GoodParts)
     tiles = store.tiles(name)
     maps = [icas.abnormal(model, t.features, icas.distances(model, t.features, good), {})[0] for t in tiles]
     found = canvas(maps, tiles, store.truth(name).shape)
-    return store.marked(name, torch.from_numpy(found >= np.quantile(found, 0.98)), "anomalous")
+    return store.views(name, torch.from_numpy(found >= np.quantile(found, 0.98)), "anomalous")
 
 
 def detection_maps(model: icas.ICAS, features: icas.Features, tile: str, good: icas.GoodParts, marked: dict, normal: tuple | None,

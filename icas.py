@@ -357,7 +357,7 @@ class Matching(NamedTuple):
 
 @torch.no_grad()
 def token_matching(target: Tensor, prompt: Prompt, block: int) -> Matching:
-    """Compare target tokens (B, T, D), debiased unit vectors of a tapped block (its index), with the prompt's of that block."""
+    """Compare target tokens (B, T, D), debiased unit vectors of a tapped block (its index), with the prompt's of that block (R9)."""
     foreground, background = _surely(prompt.foreground, 0.5), _surely(prompt.background, 0.999)
     reference, marked = prompt.tokens[block], prompt.marked[:, None]
     means = mask_pool(reference, torch.stack([prompt.foreground, background.to(reference.dtype)], dim=1))
@@ -1321,9 +1321,9 @@ def encode(anomalies: Sequence = (), normals: Sequence = (), *, turns: bool | No
         image = to_rgb(entry[0], f"anomalies[{i}] image")
         mask = to_mask(entry[1], tuple(image.shape[:2]), f"anomalies[{i}] mask")
         shots += _turned_shots(model, image, mask, label, _hash(image), turns)
-    if turns is None and len(_sequence(normals, "normals")) > 40:
+    if len(_sequence(normals, "normals")) > 40 and turns is None:
         turns = False  # 1,000 parts are 2.1 GB so
-    for i, entry in enumerate(_sequence(normals, "normals")):
+    for i, entry in enumerate(normals):
         image = to_rgb(entry, f"normals[{i}]")
         shots += _turned_shots(model, image, torch.zeros(image.shape[:2]), "", _hash(image), turns)
     return References(shots, model.encoder_sha256, model.config.blocks)
@@ -1732,6 +1732,12 @@ def subspace(tokens: Tensor, kept: float = 0.99) -> tuple[Tensor, Tensor]:
     return mean, vectors[:, :rank]
 
 
+def residual(tokens: Tensor, mean: Tensor, basis: Tensor) -> Tensor:
+    """(..., D) tokens -> (...) their distance from a `subspace`, mean (D,) and basis (D, r)."""
+    centred = tokens - mean
+    return (centred - (centred @ basis) @ basis.T).norm(dim=-1)
+
+
 def middle_mean(maps: Tensor, blocks: int) -> Tensor:
     """(B, blocks * D, H0, W0) -> (B, T, D): mean of the tapped blocks but the last, with place and length, which `unit_tokens` takes away.
 
@@ -1748,8 +1754,7 @@ def novelty(tokens: Sequence[Tensor], whole: Tensor, bank: Sequence[Tensor], kno
                   `middle_mean`; known (1, R) bool says which of the bank count.
     """
     near = torch.stack([1 - best_cosines(t, r, known)[0] for t, r in zip(tokens[:-1] or tokens, bank)]).mean(dim=0)
-    centred = whole - mean
-    return torch.stack([near, (centred - (centred @ basis) @ basis.T).norm(dim=-1)], dim=1)
+    return torch.stack([near, residual(whole, mean, basis)], dim=1)
 
 
 def local(distance: Tensor) -> Tensor:
@@ -1802,7 +1807,7 @@ def _good_parts(model: ICAS, normals: Sequence[Shot]) -> GoodParts:
 
 
 def normal_threshold(good: GoodParts, false_positive_rate: float) -> float:
-    """Threshold that unseen good parts exceed at the given rate, from the leave-one-out scores of k good parts.
+    """Threshold that unseen good parts exceed at the given rate, in (0, 1), from the leave-one-out scores of k good parts; in their unit.
 
     The upper prediction limit of Student's t, with the spread shrunk towards 15 % of the mean (worth 8 parts): with two parts it is that
     assumption, with 40 it is the data. The finest rate that k parts can show by themselves is 1 / (k + 1). One part shows how its quarters
@@ -1866,14 +1871,15 @@ def _known_good(model: ICAS, references: References) -> GoodParts:
 
 
 def distances(model: ICAS, features: Features, good: GoodParts) -> Tensor:
-    """(B, 2, H0, W0) nearest-neighbour distance and subspace residual of each token, 1 on average for an unseen good part's."""
+    """(B, 2, H0, W0) nearest-neighbour distance and subspace residual of each token, at least 0, 1 on average for an unseen good part's
+    (few-shot detection, Sec. 3.4)."""
     tokens, whole = model.tokens(features.maps), middle_mean(features.maps, len(model.config.blocks))
     far = novelty(tokens, whole, good.bank, good.known, good.mean, good.basis) / good.typical[:, None]
     return far.unflatten(2, tuple(features.maps.shape[-2:]))
 
 
 def abnormal(model: ICAS, features: Features, far: Tensor, marked: dict[str, tuple[Prompt, Tensor | None]]) -> Tensor:
-    """(B, H0, W0) map of `detect`: the mean of some `distances` (B, n, H0, W0), less half of each image's median.
+    """(B, H0, W0) map of `detect` (Sec. 3.4): the mean of some `distances` (B, n, H0, W0), less half of each image's median; -0.75 or more.
 
     marked  prompts of known defects, from `_prompts`: what they show counts up to double, what is unknown keeps its distance.
     """
