@@ -494,19 +494,19 @@ def sortable(values: np.ndarray) -> np.ndarray:
 def pseudo_shot(model: icas.ICAS, store: Store, name: str, good: icas.GoodParts) -> list[icas.Shot]:
     """A known bad part without a mask: its most abnormal 2 % of tokens stand for one."""
     tiles = store.tiles(name)
-    maps = [icas.abnormal(model, t.features, icas.distances(model, t.features, good), {})[0] for t in tiles]
+    maps = [icas.abnormal(far, torch.zeros_like(far[:, 0]))[0] for far in (icas.distances(model, t.features, good) for t in tiles)]
     found = canvas(maps, tiles, store.truth(name).shape)
     return store.views(name, torch.from_numpy(found >= np.quantile(found, 0.98)), "anomalous")
 
 
-def detection_maps(model: icas.ICAS, features: icas.Features, tile: str, good: icas.GoodParts, marked: dict, normal: tuple | None,
+def detection_maps(model: icas.ICAS, features: icas.Features, tile: str, good: icas.GoodParts, normal: tuple | None,
                    others: dict[str, Detector]) -> dict[str, Tensor]:
     """Method -> (H0, W0) map of one tile. normal: the good parts as the decoder's prompt and Q_r, for the ablation."""
     far = icas.distances(model, features, good)
-    work = lambda far, marked={}: icas.abnormal(model, features, far, marked)  # noqa: E731
-    maps = {"icas": work(far, marked), "nearest neighbour": work(far[:, :1]), "subspace residual": work(far[:, 1:]),
-            "without the median": far.mean(dim=1)}
-    if marked:
+    work = lambda far, seen=torch.zeros_like(far[:, 0]): icas.abnormal(far, seen)  # noqa: E731
+    maps = {"icas": work(far, icas.seen_before(model, features, good.defects)), "nearest neighbour": work(far[:, :1]),
+            "subspace residual": work(far[:, 1:]), "without the median": far.mean(dim=1)}
+    if good.defects:
         maps["without the anomaly"] = work(far)
     if normal:
         scores = icas._log_odds(model, features, *normal)[1]
@@ -524,7 +524,8 @@ def score_detection(model: icas.ICAS, store: Store, episode: dict, masks: bool, 
     good = icas._known_good(model, known)
     shots = [s for n in episode.get("prompts", []) for s in
              (store.shots(n, label) if store.records[n]["shows"] else pseudo_shot(model, store, n, good))]
-    marked = icas._prompts(model, icas.References(shots + known.shots)) if shots else {}
+    if shots:
+        good = icas._known_good(model, icas.References(shots + known.shots))
     normal = icas._prompts(model, known)[""] if switches["ablation"] else None
     others = peers(model, store, normals) if switches["peers"] else {}
     cuts = {rate: icas.normal_threshold(good, rate) for rate in RATES}
@@ -533,7 +534,7 @@ def score_detection(model: icas.ICAS, store: Store, episode: dict, masks: bool, 
     store.encode(mine)
     for name in mine:
         tiles = store.tiles(name)
-        parts = [detection_maps(model, t.features, f"{name} {i}", good, marked, normal, others) for i, t in enumerate(tiles)]
+        parts = [detection_maps(model, t.features, f"{name} {i}", good, normal, others) for i, t in enumerate(tiles)]
         if masks:
             truth = store.truth(name)
             regions, count = ndimage.label(truth, structure=np.ones((3, 3)))

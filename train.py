@@ -833,9 +833,11 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--encoder-name", default=paper.encoder, help="vits14, vitb14, vitl14, vitg14, each also with -reg (default vits14)")
     group.add_argument("--image-size", type=int, default=paper.image_size, help="pixels, a multiple of 14 (default 518)")
     group.add_argument("--blocks", type=int, nargs="*", default=[], help="tapped blocks, from 1 (default: two thirds of the depth, last)")
-    for name in ("queries", "dim", "layers", "ffn_dim", "pixel_dim"):
+    for name in ("debias", "queries", "dim", "layers", "ffn_dim", "pixel_dim"):
         default = getattr(paper, name)
         group.add_argument("--" + name.replace("_", "-"), type=int, default=default, help=f"see icas.Config (default {default})")
+    group.add_argument("--gqs", action=argparse.BooleanOptionalAction, default=True, help="greedy query selection, or learned queries")
+    group.add_argument("--correspondence", action=argparse.BooleanOptionalAction, default=True, help="see icas.Config")
     group = parser.add_argument_group("recipe (defaults: METHOD R16)")
     group.add_argument("--steps", type=int, help="optimizer steps (default 50000 generic, 5000 anomaly)")
     group.add_argument("--batch-size", type=int, default=32, help="pairs a step, of all ranks together (default 32)")
@@ -874,8 +876,9 @@ def start_model(args: argparse.Namespace) -> icas.ICAS:
     else:
         encoder = args.encoder or Path(__file__).with_name("checkpoints") / "dinov2-vits14.safetensors"
         torch.manual_seed(args.seed)
-        model = icas.ICAS(icas.Config(args.encoder_name, args.image_size, blocks=tuple(args.blocks), queries=args.queries, dim=args.dim,
-                                      layers=args.layers, ffn_dim=args.ffn_dim, pixel_dim=args.pixel_dim))
+        same = {name: getattr(args, name) for name in ("image_size", "debias", "queries", "dim", "layers", "ffn_dim", "pixel_dim",
+                                                       "correspondence")}
+        model = icas.ICAS(icas.Config(args.encoder_name, blocks=tuple(args.blocks), learned_queries=not args.gqs, **same))
         if not Path(encoder).is_file():
             raise FileNotFoundError(f"--encoder: no file at {str(encoder)!r}")
         icas._load_state(model.encoder, icas.load_encoder(encoder), f"--encoder {str(encoder)!r} as {args.encoder_name}")

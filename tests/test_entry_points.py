@@ -344,11 +344,23 @@ def test_many_references_keep_a_bounded_number_of_tokens(tiny, rng, monkeypatch)
     assert icas.detect(goods[0], bounded, model=tiny).score >= every - 1e-6
 
 
-def test_a_known_defect_never_lowers_the_distance(tiny, rng):
-    good, image = picture(rng), picture(rng)
-    plain = icas.detect(image, normals=[good], model=tiny)
-    known = icas.detect(image, normals=[good], anomalies=[(picture(rng), blob())], model=tiny)
-    assert (known.map >= plain.map - 1e-5).all() and known.threshold == plain.threshold
+def test_a_known_defect_raises_what_is_like_it_good_parts_and_the_threshold_too(tiny, rng):
+    goods, image = [picture(rng) for _ in range(3)], picture(rng)
+    without, both = (icas.encode(a, goods, model=tiny) for a in ((), [(picture(rng), blob(), "a"), (picture(rng), blob(), "b")]))
+    plain, known = (icas.detect(image, r, model=tiny) for r in (without, both))
+    assert (known.map >= plain.map - 1e-5).all() and known.score > plain.score
+    before, after = (np.array(icas._known_good(tiny, r).scores) for r in (without, both))
+    assert (after > before).all() and known.threshold > plain.threshold
+
+
+@pytest.mark.parametrize("count", [1, 2, 10])
+def test_a_good_part_is_left_out_of_the_prompt_that_its_own_score_is_raised_by(tiny, rng, monkeypatch, count):
+    references, asked = icas.encode([(picture(rng), blob())], [picture(rng) for _ in range(count)], model=tiny), []
+    joined = icas._marked_prompts
+    monkeypatch.setattr(icas, "_marked_prompts", lambda m, r, without=frozenset(): asked.append(set(without)) or joined(m, r, without))
+    images = {s.image for s in references.normals}
+    assert len(icas._known_good(tiny, references).scores) == (count if count > 1 else 4)
+    assert asked.pop() == set() and len(asked) == min(count, 8) and set.union(*asked) == images and sum(map(len, asked)) == len(images)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -400,6 +412,12 @@ def test_an_encoder_of_another_hash_is_refused(tiny, checkpoint):
     checkpoint.with_name("encoder.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="encoder: no file with SHA-256"):
         icas.load(checkpoint)
+
+
+def test_a_checkpoint_alone_in_its_folder_finds_the_shipped_encoder(tmp_path):
+    """What `train.py --init OUT/last.safetensors` and `evaluate.py --model` need: a run's folder holds no encoder."""
+    shutil.copy(HOME / "checkpoints" / icas.CHECKPOINT, tmp_path / "last.safetensors")
+    assert icas.load(tmp_path / "last.safetensors").encoder_sha256 == icas.load(icas._shipped_path()).encoder_sha256
 
 
 def test_the_file_works_when_copied_under_another_name(tiny, rng, checkpoint, tmp_path):

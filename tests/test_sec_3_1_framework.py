@@ -60,6 +60,13 @@ def test_mask_pool_is_the_mean_under_the_mask(rng):
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_an_empty_mask_has_no_gradient_however_steep_the_loss():
+    features, masks = torch.randn(1, 12, 5, requires_grad=True), torch.zeros(1, 2, 12)
+    masks[0, 0, :3] = 1
+    (1e6 * icas.mask_pool(features, masks)).sum().backward()
+    assert torch.isfinite(features.grad).all() and (features.grad[0, 3:] == 0).all()
+
+
 @pytest.mark.parametrize("at", [(0, 0), (499, 699), (13, 357)])
 def test_a_mask_of_one_pixel_keeps_a_share(at):
     mask = torch.zeros(1, 500, 700)

@@ -78,6 +78,21 @@ def test_normal_references_and_targets_without_a_defect_have_a_finite_loss():
         assert torch.isfinite(sum(icas.pair_loss(model, changed, torch.Generator().manual_seed(0)).values()))
 
 
+@pytest.mark.parametrize("part", ["loss", "gradient"])
+def test_fit_stops_before_a_step_that_would_spoil_the_weights(part):
+    model = fresh()
+    weight, before = model.decoder.class_scale, model.decoder.class_scale.clone()
+    if part == "loss":
+        batch = pairs(model)
+        batch = batch._replace(target=batch.target._replace(small=batch.target.small * torch.nan))
+    else:
+        batch = pairs(model)
+        weight.requires_grad_(True).register_hook(lambda gradient: gradient * torch.nan)
+    with pytest.raises(ValueError, match="fit: .* finite|fit: .*gradient nan"):
+        icas.fit(model, lambda step: batch, steps=1)
+    assert torch.equal(weight, before)
+
+
 def test_references_are_prepared_again_after_training():
     from test_sec_3_1_framework import pairs
     torch.manual_seed(0)

@@ -164,7 +164,7 @@ def test_the_image_score_is_the_mean_of_the_top_percent(rng):
 def test_the_threshold_rises_as_fewer_false_alarms_are_allowed_and_falls_with_more_parts(rng):
     scores = rng.normal(1, 0.05, 40)
     def threshold(scores, rate, parts=None):
-        return icas.normal_threshold(icas.GoodParts(*[None] * 5, list(scores), parts or len(scores)), rate)
+        return icas.normal_threshold(icas.GoodParts(*[None] * 5, list(scores), parts or len(scores), {}), rate)
     cuts = [threshold(scores, rate) for rate in (0.2, 0.05, 0.01)]
     assert cuts[0] < cuts[1] < cuts[2]
     assert threshold(scores[:4], 0.01, 1) > threshold(scores[:2], 0.01) > cuts[2]     # four quarters of one part say less than two parts

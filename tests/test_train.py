@@ -275,6 +275,14 @@ def test_the_defaults_are_the_papers_recipe():
         32, 1e-4, 518, 200, 6, 256, 1728, 256)
 
 
+def test_the_papers_rows_without_our_departures_can_be_trained(home):
+    """Table 7 without GQS, and without debiasing (R2) and correspondence (R9)."""
+    assert train.main(arguments(home, home / "out", "--steps", 2, "--no-gqs", "--debias", 0, "--no-correspondence")) == 0
+    model = icas.load(home / "out" / "last.safetensors", encoder=home / "encoder.safetensors")
+    assert model.config.learned_queries and not model.config.correspondence and model.config.debias == 0
+    assert not hasattr(model.decoder, "relation") and model.decoder.content_embed.shape == (12, 32)
+
+
 def test_validation_prints_the_baselines_and_keeps_the_best(home, capsys):
     make_data(home, name="others")
     more = ("--steps", 2, "--validate", home / "others", "--validate-every", 1, "--held-out", home / "others")
