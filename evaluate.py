@@ -40,7 +40,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import icas
-from train import named, rank, read_manifest, read_pixels, read_record, world
+from data_prep.manifest import named, read_manifest, read_pixels, read_record
+from train import rank, world
 
 # The paper's cells for orientation: as printed, but where METHOD 3 says that a printed mean is not the mean of its cells
 PAPER = {"semantic": "paper, MVTec AD: 52.3 with ViT-L (printed 51.1), 42.4 with ViT-S",

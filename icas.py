@@ -47,7 +47,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 __all__ = ["Config", "ICAS", "References", "Segmentation", "Detection", "segment", "detect", "encode", "fit", "load", "save",
            "convert", "to_rgb", "overlay"]
 
@@ -1010,9 +1010,9 @@ def normal_mfm(mask_features: Tensor, reference_masks: Tensor) -> Tensor:
     return 1 - (mask_features @ reference_masks.transpose(1, 2)).amax(dim=-1)
 
 
-def score(decoder: Decoder, decoded: Decoded, tokens: Tensor, prompt: Prompt, looks: Tensor, middle: int,
-          reference_masks: Tensor | None = None, mfm: bool = True) -> Scores:
-    """All scores of section 3.4. tokens (B, T, D) are the target's of the middle block, looks its maps of `appearance`.
+def mask_scores(decoder: Decoder, decoded: Decoded, tokens: Tensor, prompt: Prompt, middle: int, reference_masks: Tensor | None = None,
+                mfm: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """S_s, S_s^mfm, S_n, S_n^mfm of section 3.4, (B, 4 H0, 4 W0) each. tokens (B, T, D) are the target's of the middle block.
 
     reference_masks (1, J, D) unit vectors Q_r; without them the pooled Q_ntp^0 stands in. `mfm=False` repeats S in S^mfm's place.
     """
@@ -1022,20 +1022,27 @@ def score(decoder: Decoder, decoded: Decoded, tokens: Tensor, prompt: Prompt, lo
     masks = decoder.mask_logits(decoded.content[-1], decoded.pixels).sigmoid()
     s_semantic = claimed(p_prompt, 1 - p_bg, masks, config.plain_sum)
     s_normal = claimed(p_fg, 1 - n_bg, masks, config.plain_sum)
-    s_mfm, n_mfm = s_semantic, s_normal
-    if mfm:
-        pooled = F.normalize(mask_pool(tokens, F.avg_pool2d(masks, 4).flatten(2)), dim=-1)   # Q_m
-        shares = torch.stack([prompt.foreground, prompt.background], dim=1)
-        sides = F.normalize(mask_pool(prompt.tokens[middle], shares), dim=-1)
-        likeness = semantic_mfm(pooled, sides[:, :1], sides[:, 1:], config.temperature)
-        distance = normal_mfm(pooled, sides[:, 1:] if reference_masks is None else reference_masks)
-        weight_s, weight_n = (1.0, 1.0) if config.plain_sum else (1 - p_bg, 1 - n_bg)
-        s_mfm = claimed(likeness * weight_s, 1 - p_bg, masks, config.plain_sum)
-        n_mfm = claimed(distance * weight_n, 1 - n_bg, masks, config.plain_sum)
-    m = token_matching(tokens, prompt, middle)
+    if not mfm:
+        return s_semantic, s_semantic, s_normal, s_normal
+    pooled = F.normalize(mask_pool(tokens, F.avg_pool2d(masks, 4).flatten(2)), dim=-1)   # Q_m
+    shares = torch.stack([prompt.foreground, prompt.background], dim=1)
+    sides = F.normalize(mask_pool(prompt.tokens[middle], shares), dim=-1)
+    likeness = semantic_mfm(pooled, sides[:, :1], sides[:, 1:], config.temperature)
+    distance = normal_mfm(pooled, sides[:, 1:] if reference_masks is None else reference_masks)
+    weight_s, weight_n = (1.0, 1.0) if config.plain_sum else (1 - p_bg, 1 - n_bg)
+    s_mfm = claimed(likeness * weight_s, 1 - p_bg, masks, config.plain_sum)
+    n_mfm = claimed(distance * weight_n, 1 - n_bg, masks, config.plain_sum)
+    return s_semantic, s_mfm, s_normal, n_mfm
+
+
+def score(decoder: Decoder, decoded: Decoded, tokens: Tensor, prompt: Prompt, looks: Tensor, middle: int,
+          reference_masks: Tensor | None = None, mfm: bool = True) -> Scores:
+    """All scores of section 3.4. looks: the target's maps of `appearance`; the rest as in `mask_scores`."""
+    by_mask = mask_scores(decoder, decoded, tokens, prompt, middle, reference_masks, mfm)
+    m, size = token_matching(tokens, prompt, middle), by_mask[0].shape[-2:]
     coarse = torch.stack([m.best_fg - m.best_bg, m.mean_fg - m.mean_bg, m.fisher], dim=1)
-    fine = F.interpolate(coarse.unflatten(2, (masks.shape[-2] // 4, -1)), size=masks.shape[-2:], mode="bilinear")
-    return Scores(s_semantic, s_mfm, s_normal, n_mfm, decoded.relation_logits, *fine.unbind(dim=1), looks[:, 0])
+    fine = F.interpolate(coarse.unflatten(2, (size[0] // 4, -1)), size=size, mode="bilinear")
+    return Scores(*by_mask, decoded.relation_logits, *fine.unbind(dim=1), looks[:, 0])
 
 
 def evidence(scores: Scores, marked: bool) -> Tensor:
@@ -1899,8 +1906,11 @@ def distances(model: ICAS, features: Features, good: GoodParts) -> Tensor:
 def seen_before(model: ICAS, features: Features, defects: dict[str, Prompt]) -> Tensor:
     """(B, H0, W0) in [0, 1]: how much each token is like a known defect, the largest S_s^mfm of any; 0 where none is known."""
     seen = features.maps.new_zeros((len(features.maps), *features.maps.shape[-2:]))
+    tokens, neck = (model.tokens(features.maps), model.neck(features.maps)) if defects else (None, None)
     for prompt in defects.values():
-        seen = torch.maximum(seen, F.avg_pool2d(_log_odds(model, features, prompt, None)[1].semantic_mfm[:, None], 4)[:, 0])
+        decoded, _ = model.decode(tokens, neck, features.small, prompt)
+        semantic_mfm = mask_scores(model.decoder, decoded, tokens[model.middle], prompt, model.middle)[1]
+        seen = torch.maximum(seen, F.avg_pool2d(semantic_mfm[:, None], 4)[:, 0])
     return seen
 
 

@@ -22,7 +22,6 @@ import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple, Sequence
 
@@ -30,292 +29,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from safetensors import SafetensorError, safe_open
-from scipy import ndimage
 from torch import Tensor
 from tqdm import tqdm
 
 import icas
-
-
-# ---- Manifests -------------------------------------------------------------------------------------------------------
-
-
-def manifest_lines(path: Path, limit: int | None) -> Iterator[tuple[str, str]]:
-    """(place, line) of a manifest; of a file with more than about `limit` lines, that many spread evenly over its bytes."""
-    with open(path, "rb") as file:
-        size, head = path.stat().st_size, file.read(1 << 16)
-        length = len(head) / max(1, head.count(b"\n"))
-        if limit is None or size / length <= limit:
-            file.seek(0)
-            for number, line in enumerate(file, start=1):
-                yield f"{path}:{number}", line.decode("utf-8", "replace")
-            return
-        for start in range(0, size, -(-size // limit)):
-            file.seek(max(0, start - 1))
-            file.readline()  # the rest of the line that `start` falls into
-            if line := file.readline():
-                yield f"{path}, byte {start}", line.decode("utf-8", "replace")
-
-
-def read_manifest(path: str | Path, split: str | None = None, limit: int | None = None) -> list[dict]:
-    """Records of one manifest, in file order, with absolute `image` and `mask` paths and the place in `where`.
-
-    limit  reads about so many of a longer manifest, in seconds however long it is.
-    """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "manifest.jsonl"
-    if not path.is_file():
-        raise FileNotFoundError(f"data: no manifest at {path}; give a manifest.jsonl or the folder that holds one")
-    records = []
-    for where, line in manifest_lines(path, limit):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not a JSON record ({error})") from error
-        check_record(record, where)
-        for key in ("image", "mask"):
-            if isinstance(record.get(key), str):
-                record[key] = str(path.parent / record[key])
-                if not Path(record[key]).is_file():
-                    raise FileNotFoundError(f"{where}: {key} file is missing: {record[key]}")
-        if split is None or record.get("split", split) == split:
-            records.append(record | {"where": where, "set": path.parent.name})
-    if not records:
-        raise ValueError(f"{path}: the manifest has no record" + (f" of split {split!r}" if split else ""))
-    return records
-
-
-def check_record(record: object, where: str) -> None:
-    """Raise ValueError if a record lacks the form of a manifest's (data_prep)."""
-    if not isinstance(record, dict) or not isinstance(record.get("image"), str):
-        raise ValueError(f'{where}: expected a record with "image": PATH, got {str(record)[:80]}')
-    labels, mask = record.get("labels", {}), record.get("mask", "")
-    if not isinstance(labels, dict) or not all(isinstance(name, str) and (v == "*" or v.isdecimal() and int(v) < 256)
-                                               for v, name in labels.items()):
-        raise ValueError(f'{where}: labels: expected {{"VALUE": "NAME"}}, a value being "*" or 1 to 255, got {str(labels)[:80]}')
-    if not isinstance(mask, (str, dict)):
-        raise ValueError(f"{where}: mask: expected a path or {{VALUE: COCO RLE}}, got {str(mask)[:80]}; or none")
-
-
-def check_sizes(records: Sequence[dict], workers: int) -> None:
-    """Raise ValueError for the first record whose image or mask cannot be opened, or whose sizes differ. Reads headers only."""
-    def size(path: str, where: str) -> tuple[int, ...]:
-        try:
-            with Image.open(path) as image:
-                return image.size[::-1]
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{where}: {path!r} is not a readable image ({error})") from error
-
-    def check(record: dict) -> None:
-        where, mask = place(record), record.get("mask")
-        given = size(record["image"], where)
-        for other in [size(mask, where)] if isinstance(mask, str) else [tuple(code["size"]) for code in (mask or {}).values()]:
-            if other != given:
-                raise ValueError(f"{where}: mask is {other}, its image {given}")
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        list(pool.map(check, records))
-
-
-def place(record: dict) -> str:
-    return record.get("where", record["image"])
-
-
-def read_labels(record: dict) -> np.ndarray | None:
-    """(H, W) uint8 label map of the whole image, 1 for every mark of a "*" label; None without a mask."""
-    if "mask" not in record:
-        return None
-    if isinstance(record["mask"], dict):
-        from pycocotools import mask as coco
-        labels = np.zeros(next(iter(record["mask"].values()))["size"], np.uint8)
-        for value, code in record["mask"].items():
-            part = coco.decode(code)
-            if part.shape != labels.shape:
-                raise ValueError(f"{place(record)}: mask {value!r} is {part.shape}, another {labels.shape}")
-            labels[part > 0] = 1 if value == "*" else int(value)
-        return labels
-    labels = np.array(icas._open_image(record["mask"], place(record)))
-    if labels.ndim == 3:  # RGB or grey, without alpha
-        labels = labels[..., :3 if labels.shape[-1] > 2 else 1].max(axis=-1)
-    if "*" in record.get("labels", {}):
-        return (labels > 0).astype(np.uint8)
-    if labels.max(initial=0) > 255:
-        raise ValueError(f"{place(record)}: mask has the value {labels.max()}; a label map has one byte a pixel")
-    return labels.astype(np.uint8)
-
-
-def read_record(record: dict) -> tuple[Tensor, Tensor]:
-    """image (3, H, W) float in [0, 1], label map (H, W) uint8: zeros without a mask, 1 for every mark of a "*" label (data_prep)."""
-    image, labels = icas.to_rgb(record["image"], place(record)).permute(2, 0, 1).float() / 255, read_labels(record)
-    labels = torch.zeros(image.shape[1:], dtype=torch.uint8) if labels is None else torch.from_numpy(labels)
-    if labels.shape != image.shape[1:]:
-        raise ValueError(f"{place(record)}: mask is {tuple(labels.shape)}, its image {tuple(image.shape[1:])}")
-    return in_box(record, image), in_box(record, labels)
-
-
-def read_pixels(record: dict) -> tuple[Tensor, Tensor]:
-    """The same as (H, W, 3) uint8 and (H, W) uint8."""
-    image, labels = read_record(record)
-    return (image * 255).round().byte().permute(1, 2, 0), labels
-
-
-def in_box(record: dict, array):
-    """The part of a (..., H, W) array that counts."""
-    x0, y0, x1, y1 = record.get("box", [None] * 4)
-    return array[..., y0:y1, x0:x1]
-
-
-def named(record: dict) -> dict[str, str]:
-    """{value: label} of a record, as `read_record` gives the values."""
-    labels = record.get("labels", {})
-    return {"1": labels["*"]} if "*" in labels else labels
-
-
-# ---- Views: augmentation (R15) and synthetic defects -------------------------------------------------------------------
-
-
-def augment(image: Tensor, labels: Tensor, size: int, rng: np.random.Generator, turns: bool) -> tuple[Tensor, Tensor]:
-    """One square view: crop or zoom out, flip, quarter turn (anomaly data), colour. returns (3, size, size) and (size, size)."""
-    h, w = labels.shape
-    if rng.random() < 0.2:  # zoom out to as little as 0.4: mirrored copies fill the frame
-        pad_y, pad_x = (min(n - 1, round(n * rng.uniform(0.1, 0.75))) for n in (h, w))
-        image = F.pad(image[None], (pad_x, pad_x, pad_y, pad_y), mode="reflect")[0]
-        labels = F.pad(labels[None, None].float(), (pad_x, pad_x, pad_y, pad_y), mode="reflect")[0, 0].byte()
-        h, w = labels.shape
-    for attempt in range(10):
-        side, aspect = min(h, w) * rng.uniform(0.45, 1.0), np.exp(rng.uniform(-0.2, 0.2))
-        ch, cw = min(h, round(side * aspect)), min(w, round(side / aspect))
-        if rng.random() < 0.3 or attempt == 9:
-            ch, cw = h, w
-        y, x = rng.integers(h - ch + 1), rng.integers(w - cw + 1)
-        crop = labels[y:y + ch, x:x + cw]
-        # keep the object: a tenth of what is marked, in at least 12 px
-        if not labels.any() or int((crop > 0).sum()) >= max(12, 0.1 * int((labels > 0).sum())):
-            break
-    image, labels = image[:, y:y + ch, x:x + cw], crop
-    if rng.random() < 0.5:
-        image, labels = image.flip(-1), labels.flip(-1)
-    if turns:
-        quarter = int(rng.integers(4))
-        image, labels = image.rot90(quarter, (-2, -1)), labels.rot90(quarter, (-2, -1))
-    image = F.interpolate(image[None], size=(size, size), mode="bicubic", antialias=True)[0].clamp(0, 1)
-    labels = F.interpolate(labels[None, None].float(), size=(size, size), mode="nearest-exact")[0, 0].byte()
-    return colour(image, rng), labels
-
-
-def colour(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Light, shade, contrast, tint, blur and noise; (3, H, W) in [0, 1]."""
-    if rng.random() < 0.1:
-        image = 1 - image
-    if rng.random() < 0.15:
-        image = image[rng.permutation(3)]
-    if rng.random() < 0.3:  # light from one side
-        angle, depth = rng.uniform(0, 2 * np.pi), rng.uniform(0.1, 0.6)
-        y, x = (torch.linspace(-0.5, 0.5, n) for n in image.shape[-2:])
-        image = image * (1 + depth * (np.sin(angle) * y[:, None] + np.cos(angle) * x))
-    gain = torch.from_numpy(rng.uniform(0.75, 1.3) * rng.uniform(0.93, 1.07, (3, 1, 1))).float()
-    image = (image.clamp(0, 1) ** rng.uniform(0.6, 1.7)) * gain
-    image = (image - image.mean()) * rng.uniform(0.5, 1.4) + image.mean()
-    if rng.random() < 0.1:
-        image = image.mean(dim=0, keepdim=True).expand(3, -1, -1)
-    if rng.random() < 0.2:
-        image = torch.from_numpy(ndimage.gaussian_filter(image.numpy(), (0, *[rng.uniform(0.5, 1.5)] * 2)))
-    if rng.random() < 0.3:
-        image = image + torch.from_numpy(rng.normal(0, rng.uniform(0, 0.04), image.shape)).float()
-    return image.clamp(0, 1)
-
-
-@dataclass(frozen=True)
-class SyntheticDefect:
-    """One kind of damage, drawn once and then put on several images, each time in a new shape and place."""
-    kind: str            # one of KINDS
-    size: float          # length or diameter as a share of the image's side
-    width: float         # of lines, as a share of the side
-    colour: tuple        # RGB in [0, 1]
-    opacity: float       # 0.3 to 1
-    softness: float      # blur of the outline, as a share of the side
-    count: int           # instances an image, at most
-    texture: int         # seed of the image that a foreign texture comes from
-    relative: bool       # the colour shifts that of the surface, as shade and soot do, instead of covering it
-
-    KINDS = ("scratch", "crack", "blob", "stain", "dent", "missing", "texture", "speckle", "smear", "pit", "scuff")
-
-    @classmethod
-    def draw(cls, rng: np.random.Generator) -> "SyntheticDefect":
-        kind = str(rng.choice(cls.KINDS))
-        grey = rng.random()
-        tint = tuple(np.clip(grey + rng.normal(0, 0.25 if rng.random() < 0.4 else 0.02, 3), 0, 1))
-        small = {"scratch": (.15, .9), "crack": (.2, 1.2), "blob": (.02, .2), "stain": (.1, .5), "dent": (.05, .3),
-                 "missing": (.06, .35), "texture": (.08, .45), "speckle": (.1, .4), "smear": (.1, .5),
-                 "pit": (.01, .05), "scuff": (.15, .8)}[kind]
-        return cls(kind, float(np.exp(rng.uniform(*np.log(small)))), float(np.exp(rng.uniform(np.log(.003), np.log(.025)))), tint,
-                   rng.uniform(0.35, 1), rng.uniform(0, 0.006), int(rng.integers(1, 6)), int(rng.integers(1 << 30)),
-                   bool(rng.random() < 0.4))
-
-    def paint(self, image: Tensor, foreign: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Damage image (3, S, S) in [0, 1]; `foreign` is another one. returns the image and its bool mask (S, S)."""
-        side = image.shape[-1]
-        mask = np.zeros((side, side), bool)
-        for _ in range(int(rng.integers(1, self.count + 1))):
-            mask |= self._shape(side, rng)
-        alpha = ndimage.gaussian_filter(mask.astype(np.float32), self.softness * side + 0.4)
-        alpha = torch.from_numpy(alpha).clamp(0, 1) * self.opacity
-        if self.kind == "texture":
-            paint = foreign
-        elif self.kind == "smear":
-            paint = torch.from_numpy(ndimage.gaussian_filter(image.numpy(), (0, side * .03, side * .03)))
-            paint = 0.8 * paint + 0.2 * torch.tensor(self.colour)[:, None, None].float()
-        elif self.kind == "dent":  # light on one side, shade on the other
-            height = ndimage.gaussian_filter(mask.astype(np.float32), self.size * side / 5)
-            slope = np.gradient(height, axis=0) + np.gradient(height, axis=1)
-            paint, alpha = image + torch.from_numpy(0.5 * slope / (np.abs(slope).max() + 1e-6)).float(), alpha.sign() * self.opacity
-        else:
-            paint = torch.tensor(self.colour)[:, None, None].float() + torch.from_numpy(rng.normal(0, 0.06, (3, 1, 1))).float()
-            paint = paint + torch.from_numpy(rng.normal(0, 0.03, (3, side, side))).float()
-            if self.relative:
-                paint = image + 0.8 * (paint - 0.5)
-        return (image * (1 - alpha) + paint * alpha).clamp(0, 1), torch.from_numpy(mask)
-
-    def _shape(self, side: int, rng: np.random.Generator) -> np.ndarray:
-        length, thick = self.size * side * rng.uniform(0.6, 1.6), max(0.6, self.width * side * rng.uniform(0.7, 1.4))
-        seeds = np.ones((side, side), bool)
-        yx, angle = rng.uniform(0.1, 0.9, 2) * side, rng.uniform(0, 2 * np.pi)
-        if self.kind in ("scratch", "crack"):
-            bend = rng.normal(0, 0.004) if self.kind == "scratch" else 0
-            for _ in range(int(length)):
-                angle += bend + (rng.normal(0, 0.25) if self.kind == "crack" else 0)
-                yx = yx + (np.sin(angle), np.cos(angle))
-                y, x = yx.astype(int)
-                if 0 <= y < side and 0 <= x < side:
-                    seeds[y, x] = False
-            return near(seeds, thick / 2)
-        if self.kind == "scuff":  # many short parallel strokes
-            for _ in range(int(rng.integers(4, 15))):
-                start, steps = yx + rng.normal(0, length / 5, 2), np.arange(int(length * rng.uniform(0.3, 1)))
-                line = (start[:, None] + np.array([[np.sin(angle)], [np.cos(angle)]]) * steps).astype(int)
-                line = line[:, ((line >= 0) & (line < side)).all(axis=0)]
-                seeds[line[0], line[1]] = False
-            return near(seeds, thick / 2)
-        if self.kind == "speckle":
-            spots = (yx[:, None] + rng.normal(0, length / 3, (2, 25))).astype(int)
-            spots = spots[:, ((spots >= 0) & (spots < side)).all(axis=0)]
-            seeds[spots[0], spots[1]] = False
-            return near(seeds, thick)
-        y, x = np.mgrid[:side, :side] - yx[:, None, None]
-        u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-        radius = np.hypot(u, v * rng.uniform(1, 2.2)) / (length / 2 + 1)
-        ragged = ndimage.gaussian_filter(rng.normal(size=(side, side)), max(1.5, length / 8))
-        ragged *= {"blob": .1, "dent": .05, "missing": .15, "pit": .1}.get(self.kind, .45) / (ragged.std() + 1e-9)
-        return radius + ragged < 1
-
-
-def near(seeds: np.ndarray, radius: float) -> np.ndarray:
-    """(S, S) bool: within `radius` of a pixel that is False in `seeds`; nothing where none is."""
-    return ndimage.distance_transform_edt(seeds) <= radius if not seeds.all() else ~seeds
+from data_prep.augment import SyntheticDefect, augment
+from data_prep.manifest import by_category, check_sizes, choose, group, in_box, named, read_labels, read_manifest, read_pixels, read_record
 
 
 # ---- Views of a source: fresh, or encoded once and kept ---------------------------------------------------------------
@@ -503,21 +223,6 @@ class ViewCache:
         (part / "index.json").write_text(json.dumps(source.index))
         part.replace(folder)
         (folder / "index.jsonl").unlink()
-
-
-def choose(manifest: str | Path, count: int, good: int, seed: int) -> list[dict]:
-    """Up to `count` marked images of a manifest, and `good` unmarked ones (0: all), sorted; of very long manifests a sample."""
-    records = read_manifest(manifest, limit=100_000)
-    rng, chosen = np.random.default_rng([seed, sum(map(ord, records[0]["set"]))]), []
-    marked, plain = [r for r in records if "mask" in r], [r for r in records if "mask" not in r and not r.get("anomalous")]
-    for part, number in ((marked, count), (plain, good)):
-        chosen += [part[i] for i in sorted(rng.permutation(len(part))[:number or len(part)])]
-    return chosen
-
-
-def by_category(record: dict) -> dict[str, str]:
-    """{value: label}; a scratch on another object is another label (R14)."""
-    return {v: f"{record['category']} {n}" if "category" in record else n for v, n in named(record).items()}
 
 
 def digest(value: object) -> str:
@@ -727,10 +432,6 @@ def labels_of_two(records: Sequence[dict], shown: Sequence[dict[str, int]]) -> d
     """Label -> numbers of the records that show it, of those that two items show."""
     table = group_by((name, i) for i, names in enumerate(shown) for name in names)
     return {label: entries for label, entries in sorted(table.items()) if len({group(records[i]) for i in entries}) > 1}
-
-
-def group(record: dict) -> str:
-    return record.get("group", record["image"])
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""What every reader uses: files, images and masks, long JSON files, the manifest's writer and reader, splits, counts."""
+"""What every reader uses: files, images and masks, long JSON files, the manifest's writer and stream, splits, counts."""
 from __future__ import annotations
 
 import json

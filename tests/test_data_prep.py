@@ -17,7 +17,8 @@ from PIL import Image
 
 import data_prep.__main__ as main
 from data_prep import common
-from train import FreshViews, choose, manifest_lines, named, read_manifest, read_record
+from data_prep.manifest import choose, manifest_lines, named, read_manifest, read_record
+from train import FreshViews
 
 coco = pytest.importorskip("pycocotools.mask")
 RNG = np.random.default_rng(0)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -351,6 +352,16 @@ def test_a_known_defect_raises_what_is_like_it_good_parts_and_the_threshold_too(
     assert (known.map >= plain.map - 1e-5).all() and known.score > plain.score
     before, after = (np.array(icas._known_good(tiny, r).scores) for r in (without, both))
     assert (after > before).all() and known.threshold > plain.threshold
+
+
+def test_seen_before_is_the_largest_mask_level_match_of_any_label(tiny, rng):
+    references = icas.encode([(picture(rng), blob(), "a"), (picture(rng), blob(), "b")], [picture(rng)], model=tiny)
+    (_, features), = icas._describe(tiny, torch.from_numpy(picture(rng)))
+    prompts = icas._known_good(tiny, references).defects
+    single = [F.avg_pool2d(icas._log_odds(tiny, features, p, None)[1].semantic_mfm, 4) for p in prompts.values()]
+    assert sorted(prompts) == ["a", "b"]
+    torch.testing.assert_close(icas.seen_before(tiny, features, prompts), torch.maximum(*single))
+    assert not icas.seen_before(tiny, features, {}).any()
 
 
 @pytest.mark.parametrize("count", [1, 2, 10])

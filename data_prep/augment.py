@@ -1,0 +1,150 @@
+"""Views of training images: augmentation (R15) and synthetic defects."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import Tensor
+
+
+def augment(image: Tensor, labels: Tensor, size: int, rng: np.random.Generator, turns: bool) -> tuple[Tensor, Tensor]:
+    """One square view: crop or zoom out, flip, quarter turn (anomaly data), colour. returns (3, size, size) and (size, size)."""
+    h, w = labels.shape
+    if rng.random() < 0.2:  # zoom out to as little as 0.4: mirrored copies fill the frame
+        pad_y, pad_x = (min(n - 1, round(n * rng.uniform(0.1, 0.75))) for n in (h, w))
+        image = F.pad(image[None], (pad_x, pad_x, pad_y, pad_y), mode="reflect")[0]
+        labels = F.pad(labels[None, None].float(), (pad_x, pad_x, pad_y, pad_y), mode="reflect")[0, 0].byte()
+        h, w = labels.shape
+    for attempt in range(10):
+        side, aspect = min(h, w) * rng.uniform(0.45, 1.0), np.exp(rng.uniform(-0.2, 0.2))
+        ch, cw = min(h, round(side * aspect)), min(w, round(side / aspect))
+        if rng.random() < 0.3 or attempt == 9:
+            ch, cw = h, w
+        y, x = rng.integers(h - ch + 1), rng.integers(w - cw + 1)
+        crop = labels[y:y + ch, x:x + cw]
+        # keep the object: a tenth of what is marked, in at least 12 px
+        if not labels.any() or int((crop > 0).sum()) >= max(12, 0.1 * int((labels > 0).sum())):
+            break
+    image, labels = image[:, y:y + ch, x:x + cw], crop
+    if rng.random() < 0.5:
+        image, labels = image.flip(-1), labels.flip(-1)
+    if turns:
+        quarter = int(rng.integers(4))
+        image, labels = image.rot90(quarter, (-2, -1)), labels.rot90(quarter, (-2, -1))
+    image = F.interpolate(image[None], size=(size, size), mode="bicubic", antialias=True)[0].clamp(0, 1)
+    labels = F.interpolate(labels[None, None].float(), size=(size, size), mode="nearest-exact")[0, 0].byte()
+    return colour(image, rng), labels
+
+
+def colour(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """Light, shade, contrast, tint, blur and noise; (3, H, W) in [0, 1]."""
+    if rng.random() < 0.1:
+        image = 1 - image
+    if rng.random() < 0.15:
+        image = image[rng.permutation(3)]
+    if rng.random() < 0.3:  # light from one side
+        angle, depth = rng.uniform(0, 2 * np.pi), rng.uniform(0.1, 0.6)
+        y, x = (torch.linspace(-0.5, 0.5, n) for n in image.shape[-2:])
+        image = image * (1 + depth * (np.sin(angle) * y[:, None] + np.cos(angle) * x))
+    gain = torch.from_numpy(rng.uniform(0.75, 1.3) * rng.uniform(0.93, 1.07, (3, 1, 1))).float()
+    image = (image.clamp(0, 1) ** rng.uniform(0.6, 1.7)) * gain
+    image = (image - image.mean()) * rng.uniform(0.5, 1.4) + image.mean()
+    if rng.random() < 0.1:
+        image = image.mean(dim=0, keepdim=True).expand(3, -1, -1)
+    if rng.random() < 0.2:
+        image = torch.from_numpy(ndimage.gaussian_filter(image.numpy(), (0, *[rng.uniform(0.5, 1.5)] * 2)))
+    if rng.random() < 0.3:
+        image = image + torch.from_numpy(rng.normal(0, rng.uniform(0, 0.04), image.shape)).float()
+    return image.clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class SyntheticDefect:
+    """One kind of damage, drawn once and then put on several images, each time in a new shape and place."""
+    kind: str            # one of KINDS
+    size: float          # length or diameter as a share of the image's side
+    width: float         # of lines, as a share of the side
+    colour: tuple        # RGB in [0, 1]
+    opacity: float       # 0.3 to 1
+    softness: float      # blur of the outline, as a share of the side
+    count: int           # instances an image, at most
+    texture: int         # seed of the image that a foreign texture comes from
+    relative: bool       # the colour shifts that of the surface, as shade and soot do, instead of covering it
+
+    KINDS = ("scratch", "crack", "blob", "stain", "dent", "missing", "texture", "speckle", "smear", "pit", "scuff")
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> "SyntheticDefect":
+        kind = str(rng.choice(cls.KINDS))
+        grey = rng.random()
+        tint = tuple(np.clip(grey + rng.normal(0, 0.25 if rng.random() < 0.4 else 0.02, 3), 0, 1))
+        small = {"scratch": (.15, .9), "crack": (.2, 1.2), "blob": (.02, .2), "stain": (.1, .5), "dent": (.05, .3),
+                 "missing": (.06, .35), "texture": (.08, .45), "speckle": (.1, .4), "smear": (.1, .5),
+                 "pit": (.01, .05), "scuff": (.15, .8)}[kind]
+        return cls(kind, float(np.exp(rng.uniform(*np.log(small)))), float(np.exp(rng.uniform(np.log(.003), np.log(.025)))), tint,
+                   rng.uniform(0.35, 1), rng.uniform(0, 0.006), int(rng.integers(1, 6)), int(rng.integers(1 << 30)),
+                   bool(rng.random() < 0.4))
+
+    def paint(self, image: Tensor, foreign: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Damage image (3, S, S) in [0, 1]; `foreign` is another one. returns the image and its bool mask (S, S)."""
+        side = image.shape[-1]
+        mask = np.zeros((side, side), bool)
+        for _ in range(int(rng.integers(1, self.count + 1))):
+            mask |= self._shape(side, rng)
+        alpha = ndimage.gaussian_filter(mask.astype(np.float32), self.softness * side + 0.4)
+        alpha = torch.from_numpy(alpha).clamp(0, 1) * self.opacity
+        if self.kind == "texture":
+            paint = foreign
+        elif self.kind == "smear":
+            paint = torch.from_numpy(ndimage.gaussian_filter(image.numpy(), (0, side * .03, side * .03)))
+            paint = 0.8 * paint + 0.2 * torch.tensor(self.colour)[:, None, None].float()
+        elif self.kind == "dent":  # light on one side, shade on the other
+            height = ndimage.gaussian_filter(mask.astype(np.float32), self.size * side / 5)
+            slope = np.gradient(height, axis=0) + np.gradient(height, axis=1)
+            paint, alpha = image + torch.from_numpy(0.5 * slope / (np.abs(slope).max() + 1e-6)).float(), alpha.sign() * self.opacity
+        else:
+            paint = torch.tensor(self.colour)[:, None, None].float() + torch.from_numpy(rng.normal(0, 0.06, (3, 1, 1))).float()
+            paint = paint + torch.from_numpy(rng.normal(0, 0.03, (3, side, side))).float()
+            if self.relative:
+                paint = image + 0.8 * (paint - 0.5)
+        return (image * (1 - alpha) + paint * alpha).clamp(0, 1), torch.from_numpy(mask)
+
+    def _shape(self, side: int, rng: np.random.Generator) -> np.ndarray:
+        length, thick = self.size * side * rng.uniform(0.6, 1.6), max(0.6, self.width * side * rng.uniform(0.7, 1.4))
+        seeds = np.ones((side, side), bool)
+        yx, angle = rng.uniform(0.1, 0.9, 2) * side, rng.uniform(0, 2 * np.pi)
+        if self.kind in ("scratch", "crack"):
+            bend = rng.normal(0, 0.004) if self.kind == "scratch" else 0
+            for _ in range(int(length)):
+                angle += bend + (rng.normal(0, 0.25) if self.kind == "crack" else 0)
+                yx = yx + (np.sin(angle), np.cos(angle))
+                y, x = yx.astype(int)
+                if 0 <= y < side and 0 <= x < side:
+                    seeds[y, x] = False
+            return near(seeds, thick / 2)
+        if self.kind == "scuff":  # many short parallel strokes
+            for _ in range(int(rng.integers(4, 15))):
+                start, steps = yx + rng.normal(0, length / 5, 2), np.arange(int(length * rng.uniform(0.3, 1)))
+                line = (start[:, None] + np.array([[np.sin(angle)], [np.cos(angle)]]) * steps).astype(int)
+                line = line[:, ((line >= 0) & (line < side)).all(axis=0)]
+                seeds[line[0], line[1]] = False
+            return near(seeds, thick / 2)
+        if self.kind == "speckle":
+            spots = (yx[:, None] + rng.normal(0, length / 3, (2, 25))).astype(int)
+            spots = spots[:, ((spots >= 0) & (spots < side)).all(axis=0)]
+            seeds[spots[0], spots[1]] = False
+            return near(seeds, thick)
+        y, x = np.mgrid[:side, :side] - yx[:, None, None]
+        u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+        radius = np.hypot(u, v * rng.uniform(1, 2.2)) / (length / 2 + 1)
+        ragged = ndimage.gaussian_filter(rng.normal(size=(side, side)), max(1.5, length / 8))
+        ragged *= {"blob": .1, "dent": .05, "missing": .15, "pit": .1}.get(self.kind, .45) / (ragged.std() + 1e-9)
+        return radius + ragged < 1
+
+
+def near(seeds: np.ndarray, radius: float) -> np.ndarray:
+    """(S, S) bool: within `radius` of a pixel that is False in `seeds`; nothing where none is."""
+    return ndimage.distance_transform_edt(seeds) <= radius if not seeds.all() else ~seeds
