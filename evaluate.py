@@ -522,11 +522,9 @@ def score_detection(model: icas.ICAS, store: Store, episode: dict, masks: bool, 
     AUROC and PRO}."""
     normals, label = episode["normals"], episode.get("label", "")
     known = icas.References([s for n in normals for s in store.shots(n)], model.encoder_sha256, model.config.blocks)
-    good = icas._known_good(model, known)
     shots = [s for n in episode.get("prompts", []) for s in
-             (store.shots(n, label) if store.records[n]["shows"] else pseudo_shot(model, store, n, good))]
-    if shots:
-        good = icas._known_good(model, icas.References(shots + known.shots))
+             (store.shots(n, label) if store.records[n]["shows"] else pseudo_shot(model, store, n, icas._known_good(model, known)))]
+    good = icas._known_good(model, icas.References(shots + known.shots) if shots else known)
     normal = icas._prompts(model, known)[""] if switches["ablation"] else None
     others = peers(model, store, normals) if switches["peers"] else {}
     cuts = {rate: icas.normal_threshold(good, rate) for rate in RATES}

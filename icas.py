@@ -1904,7 +1904,10 @@ def distances(model: ICAS, features: Features, good: GoodParts) -> Tensor:
 
 
 def seen_before(model: ICAS, features: Features, defects: dict[str, Prompt]) -> Tensor:
-    """(B, H0, W0) in [0, 1]: how much each token is like a known defect, the largest S_s^mfm of any; 0 where none is known."""
+    """How much each token is like a known defect: the largest S_s^mfm of any (Sec. 3.4).
+
+    defects  label -> prompt, of `_marked_prompts`. returns (B, H0, W0) in [0, 1], 0 without defects.
+    """
     seen = features.maps.new_zeros((len(features.maps), *features.maps.shape[-2:]))
     tokens, neck = (model.tokens(features.maps), model.neck(features.maps)) if defects else (None, None)
     for prompt in defects.values():
