@@ -68,12 +68,15 @@ class FreshViews:
            (seed, i, j): what a ViewCache keeps.
     """
 
-    def __init__(self, name: str, records: list[dict], size: int, patch: int, turns: bool, views: int = 0, seed: int = 0, workers: int = 1):
-        self.name, self.size, self.grid, self.turns, self.seed, self.workers = name, size, size // patch, turns, seed, workers
+    def __init__(self, name: str, records: list[dict], size: int, patch: int, turns: bool, views: int = 0, seed: int = 0, workers: int = 1,
+                 strong: bool = False):
+        self.name, self.size, self.grid, self.seed, self.workers = name, size, size // patch, seed, workers
+        self.turns, self.strong = turns, strong
         self.fixed, self.records = views > 0, [r for r in records for _ in range(max(1, views))]
         self.index = [{"names": by_category(r), "group": group(r), "image": r["image"], "category": r.get("category", "")}
                       for r in self.records]
-        self.recipe = {"views": views, "seed": seed, "records": digest([[Path(r["image"]).name, named(r), r.get("box")] for r in records])}
+        self.recipe = {"views": views, "seed": seed, "records": digest([[Path(r["image"]).name, named(r), r.get("box")] for r in records]),
+                       "strong": strong}
 
     def shown(self) -> list[dict[str, int]]:
         """Entry -> {label: value} that it shows. Reads the masks; of more than 5,000 fresh images it believes the manifest."""
@@ -93,7 +96,7 @@ class FreshViews:
         rng = np.random.default_rng([self.seed, i]) if self.fixed else rng
         image, labels = read_record(self.records[i])
         for _ in range(5):
-            view = finish(*augment(image, labels, self.size, rng, self.turns), self.index[i]["names"], self.grid)
+            view = finish(*augment(image, labels, self.size, rng, self.turns, self.strong), self.index[i]["names"], self.grid)
             if self.fixed or label is None or label in view.names:
                 break
         return view
@@ -103,13 +106,16 @@ class FreshSynthetic:
     """Synthetic defects painted on the fly, on surfaces drawn from all manifests alike. `views` of 0: two entries a kind, every draw of
     them new; else so many entries a kind, entry j of kind k a function of (seed, k, j)."""
 
-    def __init__(self, manifests: Sequence[str | Path], kinds: int, size: int, patch: int, views: int = 0, seed: int = 0):
-        self.name, self.seed, self.size, self.grid, self.fixed, self.entries = "synthetic", seed, size, size // patch, views > 0, views or 2
+    def __init__(self, manifests: Sequence[str | Path], kinds: int, size: int, patch: int, views: int = 0, seed: int = 0,
+                 strong: bool = False):
+        self.name, self.seed, self.size, self.grid, self.strong = "synthetic", seed, size, size // patch, strong
+        self.fixed, self.entries = views > 0, views or 2
         self.pools = [[r for r in read_manifest(m, limit=100_000) if not r.get("anomalous")] for m in manifests]
         defects = [SyntheticDefect.draw(np.random.default_rng([seed, k])) for k in range(kinds)]
         self.index = [{"names": {"1": f"{d.kind}_{k}"}, "group": f"{k}_{j}", "image": "synthetic"}
                       for k, d in enumerate(defects) for j in range(self.entries)]
-        self.recipe = {"views": views, "seed": seed, "records": digest([kinds, [[Path(r["image"]).name for r in p] for p in self.pools]])}
+        self.recipe = {"views": views, "seed": seed, "records": digest([kinds, [[Path(r["image"]).name for r in p] for p in self.pools]]),
+                       "strong": strong}
 
     def shown(self) -> list[dict[str, int]]:
         if self.fixed:
@@ -119,16 +125,17 @@ class FreshSynthetic:
     def view(self, i: int, rng: np.random.Generator | None = None, label: str | None = None) -> View:
         kind, j = divmod(i, self.entries)
         rng = np.random.default_rng([self.seed, kind, j]) if self.fixed else rng
-        pixels, mask = synthetic_view(self.pools, kind, rng, self.seed, self.size)
+        pixels, mask = synthetic_view(self.pools, kind, rng, self.seed, self.size, self.strong)
         return finish(pixels, mask.byte(), self.index[i]["names"], self.grid)
 
 
-def synthetic_view(pools: list[list[dict]], kind: int, rng: np.random.Generator, seed: int, size: int) -> tuple[Tensor, Tensor]:
+def synthetic_view(pools: list[list[dict]], kind: int, rng: np.random.Generator, seed: int, size: int,
+                   strong: bool = False) -> tuple[Tensor, Tensor]:
     """(3, S, S) image with a new defect of a kind, its bool mask. Even kinds stay on one data set, as real ones do."""
     defect = SyntheticDefect.draw(np.random.default_rng([seed, kind]))
 
     def surface(rng: np.random.Generator, pool: list[dict]) -> Tensor:
-        return augment(*read_record(pool[rng.integers(len(pool))]), size, rng, True)[0]
+        return augment(*read_record(pool[rng.integers(len(pool))]), size, rng, True, strong)[0]
     home = np.random.default_rng([seed, kind, 99]) if kind % 2 == 0 else rng
     base = surface(rng, pools[home.integers(len(pools))])
     foreign = np.random.default_rng(defect.texture)
@@ -236,9 +243,10 @@ class Pairs:
     """Batches of (reference, target); pair j of step i is a function of (seed, i, j) alone, whichever rank or micro-batch draws it."""
 
     def __init__(self, sources: list, weights: list[float], anomaly: set[str], batch_size: int, seed: int, hide: float = 0.0,
-                 accumulate: int = 1, model: icas.ICAS | None = None, workers: int = 0, shots: int = 1):
+                 accumulate: int = 1, model: icas.ICAS | None = None, workers: int = 0, shots: int = 1, same_image: float = 0.5):
         self.sources, self.batch_size, self.seed, self.anomaly, self.hide, self.shots = sources, batch_size, seed, anomaly, hide, shots
         self.weights, self.accumulate, self.model = np.array(weights) / sum(weights), accumulate, model
+        self.same_image = same_image
         self.values = [source.shown() for source in sources]
         self.by_label = [label_table(values, source.fixed) for values, source in zip(self.values, sources)]
         self.often = [np.cumsum(np.sqrt([len(entries) for entries in table.values()])) for table in self.by_label]
@@ -273,7 +281,7 @@ class Pairs:
         record = source.index[target]
         alike = self.views_of(s, target, label)
         other = another(rng, entries, source.index, record["group"])
-        reference = int(rng.choice(alike)) if alike and (other is None or rng.random() < 0.35) else other
+        reference = int(rng.choice(alike)) if alike and (other is None or rng.random() < self.same_image) else other
         mode, seen = rng.random(), source.view(target, rng, label)
         wanted = {seen.names[label]} if label in seen.names else set()
         if source.name in self.anomaly and mode < 0.15:   # normal references; all defects are the answer
@@ -544,7 +552,12 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--batch-size", type=int, default=32, help="pairs a step, of all ranks together (default 32)")
     group.add_argument("--accumulate", type=int, default=1, help="micro-batches that a rank's pairs are cut into (default 1)")
     group.add_argument("--lr", type=float, default=1e-4, help="peak learning rate of AdamW (default 1e-4)")
-    group.add_argument("--hide-features", type=float, default=0.3, help="share of pairs whose raw features are hidden (default 0.3)")
+    group.add_argument("--hide-features", type=float, default=0.0, help="share of pairs whose raw features are hidden from the decoder, "
+                       "so that it leans on relations (default 0)")
+    group.add_argument("--same-image", type=float, default=0.5, help="share of marked prompts that are another view of the target's image "
+                       "(default 0.5)")
+    group.add_argument("--strong-augmentation", action="store_true", help="more colour, mirrored borders and less zoom than the paper's, as "
+                       "the shipped checkpoint was trained")
     group.add_argument("--shots", type=int, default=1, help="views of a prompt at most, drawn for each step (default 1)")
     group.add_argument("--seed", type=int, default=0)
     group = parser.add_argument_group("run")
@@ -598,7 +611,8 @@ def open_sources(args: argparse.Namespace, model: icas.ICAS, manifests: Sequence
         name = (Path(manifest).parent if Path(manifest).suffix else Path(manifest)).resolve().name
         records = choose(manifest, args.images, args.good, args.seed)
         check_sizes(records, args.workers)
-        sources.append(FreshViews(name, records, config.image_size, config.patch_size, turns, views, args.seed, args.workers))
+        sources.append(FreshViews(name, records, config.image_size, config.patch_size, turns, views, args.seed, args.workers,
+                                  args.strong_augmentation))
     return sources
 
 
@@ -712,6 +726,9 @@ def prepare(args: argparse.Namespace) -> Run:
     for name, least in (("batch_size", world()), ("accumulate", 1), ("shots", 1), ("validate_every", 1), ("log_every", 1)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(args, name)}")
+    for name in ("hide_features", "same_image"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected a share from 0 to 1, got {getattr(args, name)}")
     views = args.views if args.views is not None else int(bool(args.cache))
     if views < (1 if args.cache else 0):
         raise ValueError(f"--views: expected at least {1 if args.cache else 0}, got {views}; 0 needs a training without --cache")
@@ -723,7 +740,7 @@ def prepare(args: argparse.Namespace) -> Run:
     sources: list = open_sources(args, model, args.data, turns, 0 if args.dry_run else views)
     if args.synthetic:
         sources.append(FreshSynthetic(args.data, args.synthetic, model.config.image_size, model.config.patch_size,
-                                      0 if args.dry_run else 3 * views, args.seed))
+                                      0 if args.dry_run else 3 * views, args.seed, args.strong_augmentation))
     for name, manifests, seed in (("--validate", args.validate, 1), ("--held-out", args.held_out, args.seed)):
         open_sources(args, model, manifests, False, 0)
         if manifests and not args.dry_run and not any(labels_of_two(*held_records(m, seed)[:2]) for m in manifests):
@@ -734,7 +751,7 @@ def prepare(args: argparse.Namespace) -> Run:
     if args.cache and not args.dry_run:
         sources = [ViewCache.open(Path(args.cache) / s.name, s, model, args.workers) for s in sources]
     pairs = Pairs(sources, weights, {c.name for c in sources} if turns else set(), args.batch_size, args.seed, args.hide_features,
-                  args.accumulate, model, args.workers, args.shots)
+                  args.accumulate, model, args.workers, args.shots, args.same_image)
     empty = [c.name for c, table, alone in zip(sources, pairs.by_label, map(pairs.alone, range(len(sources))))
              if not table or turns and len(alone) == len(table)]
     if empty:
@@ -854,7 +871,8 @@ def describe(args: argparse.Namespace, run: Run) -> None:
     count, kind = sum(p.numel() for p in model.decoder.parameters()), "bf16" if icas.fast_bf16(model.device) else "float32"
     print(f"{args.stage}: {run.steps} steps, {args.batch_size} pairs, ranks {world()}, micro-batches {args.accumulate}, seed {args.seed}, "
           f"AdamW {args.lr:g}, weight decay 0.05, clip 1, 100 steps of warm-up, linear decay; features hidden in "
-          f"{100 * args.hide_features:g} % of pairs; prompts of up to {args.shots} views", file=file)
+          f"{100 * args.hide_features:g} % of pairs; prompts of up to {args.shots} views, {100 * args.same_image:g} % of the target's image; "
+          f"{'strong' if args.strong_augmentation else 'mild'} augmentation", file=file)
     print(f"{c.encoder}, {c.image_size} px, blocks {', '.join(map(str, c.blocks))}; {c.queries} queries, {c.layers} layers of {c.dim} (FFN "
           f"{c.ffn_dim}), {c.pixel_dim} pixel channels: {count / 1e6:.1f} M weights from {args.init or 'scratch'}; {model.device}, {kind}, "
           f"about {memory(args, model) / 2 ** 30:.1f} GiB a rank", file=file)

@@ -10,10 +10,57 @@ from scipy import ndimage
 from torch import Tensor
 
 
-def augment(image: Tensor, labels: Tensor, size: int, rng: np.random.Generator, turns: bool) -> tuple[Tensor, Tensor]:
-    """One square view: crop or zoom out, flip, quarter turn (anomaly data), colour. returns (3, size, size) and (size, size)."""
+def augment(image: Tensor, labels: Tensor, size: int, rng: np.random.Generator, turns: bool, strong: bool = False) -> tuple[Tensor, Tensor]:
+    """One square view (R15): large-scale jitter, flips, quarter turns (`turns`: anomaly data, flipped all ways so), mild colour.
+
+    strong  crops and zooms that keep more of the image, mirrored borders, much more colour.
+    returns (3, size, size) in [0, 1] and (size, size).
+    """
+    image, labels = crop_or_mirror(image, labels, rng) if strong else jitter(image, labels, size, rng)
+    if rng.random() < 0.5:
+        image, labels = image.flip(-1), labels.flip(-1)
+    if turns:
+        quarter = int(rng.integers(4))
+        image, labels = image.rot90(quarter, (-2, -1)), labels.rot90(quarter, (-2, -1))
+    image, labels = resize(image, labels, size, size)
+    return (colour if strong else mild_colour)(image, rng), labels
+
+
+def resize(image: Tensor, labels: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
+    if labels.shape == (h, w):
+        return image, labels
+    image = F.interpolate(image[None], size=(h, w), mode="bicubic", antialias=True)[0].clamp(0, 1)
+    return image, F.interpolate(labels[None, None].float(), size=(h, w), mode="nearest-exact")[0, 0].byte()
+
+
+def enough(crop: Tensor, labels: Tensor) -> bool:
+    """Whether a crop keeps the object: a tenth of what is marked, in at least 12 px."""
+    return not labels.any() or int((crop > 0).sum()) >= max(12, 0.1 * int((labels > 0).sum()))
+
+
+def jitter(image: Tensor, labels: Tensor, size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Large-scale jitter (Ghiasi et al. 2021): the longer side becomes 0.1 to 2 times `size`; what is larger is cropped, what is smaller
+    laid at random on the image's mean colour."""
     h, w = labels.shape
-    if rng.random() < 0.2:  # zoom out to as little as 0.4: mirrored copies fill the frame
+    for attempt in range(10):
+        scale = size / max(h, w) * (rng.uniform(0.1, 2.0) if attempt < 9 else 1)
+        scaled, marked = resize(image, labels, max(1, round(h * scale)), max(1, round(w * scale)))
+        window = []
+        for n in marked.shape:
+            start = int(rng.integers(abs(n - size) + 1))
+            window.append((slice(start, start + size), slice(0, size)) if n > size else (slice(0, n), slice(start, start + n)))
+        (from_y, to_y), (from_x, to_x) = window
+        view, crop = image.mean(dim=(1, 2), keepdim=True).repeat(1, size, size), torch.zeros(size, size, dtype=torch.uint8)
+        view[:, to_y, to_x], crop[to_y, to_x] = scaled[:, from_y, from_x], marked[from_y, from_x]
+        if enough(crop, marked):
+            break
+    return view, crop
+
+
+def crop_or_mirror(image: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """A crop of 0.45 of the shorter side or more, or all; one in five zoomed out before, to 0.4 at least: mirrored copies fill the frame."""
+    h, w = labels.shape
+    if rng.random() < 0.2:
         pad_y, pad_x = (min(n - 1, round(n * rng.uniform(0.1, 0.75))) for n in (h, w))
         image = F.pad(image[None], (pad_x, pad_x, pad_y, pad_y), mode="reflect")[0]
         labels = F.pad(labels[None, None].float(), (pad_x, pad_x, pad_y, pad_y), mode="reflect")[0, 0].byte()
@@ -25,18 +72,18 @@ def augment(image: Tensor, labels: Tensor, size: int, rng: np.random.Generator, 
             ch, cw = h, w
         y, x = rng.integers(h - ch + 1), rng.integers(w - cw + 1)
         crop = labels[y:y + ch, x:x + cw]
-        # keep the object: a tenth of what is marked, in at least 12 px
-        if not labels.any() or int((crop > 0).sum()) >= max(12, 0.1 * int((labels > 0).sum())):
+        if enough(crop, labels):
             break
-    image, labels = image[:, y:y + ch, x:x + cw], crop
-    if rng.random() < 0.5:
-        image, labels = image.flip(-1), labels.flip(-1)
-    if turns:
-        quarter = int(rng.integers(4))
-        image, labels = image.rot90(quarter, (-2, -1)), labels.rot90(quarter, (-2, -1))
-    image = F.interpolate(image[None], size=(size, size), mode="bicubic", antialias=True)[0].clamp(0, 1)
-    labels = F.interpolate(labels[None, None].float(), size=(size, size), mode="nearest-exact")[0, 0].byte()
-    return colour(image, rng), labels
+    return image[:, y:y + ch, x:x + cw], crop
+
+
+def mild_colour(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """Brightness, contrast and saturation, 0.8 to 1.2 times each; (3, H, W) in [0, 1]."""
+    bright, contrast, saturation = rng.uniform(0.8, 1.2, 3)
+    image = image * bright
+    for middle, factor in ((image.mean(), contrast), (image.mean(dim=0, keepdim=True), saturation)):
+        image = (image - middle) * factor + middle
+    return image.clamp(0, 1)
 
 
 def colour(image: Tensor, rng: np.random.Generator) -> Tensor:

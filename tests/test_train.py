@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, HOME := str(Path(__file__).parents[1]))   # as a script, without installing
 import icas  # noqa: E402
 import train  # noqa: E402
+from data_prep.augment import augment  # noqa: E402
 
 icas.ENCODERS["tiny14"] = (48, 4, 3)
 SHAPE = ["--encoder-name", "tiny14", "--image-size", "112", "--blocks", "2", "3", "4", "--queries", "12", "--dim", "32", "--layers", "1",
@@ -273,6 +274,25 @@ def test_the_defaults_are_the_papers_recipe():
     args = train.parser().parse_args(["--stage", "generic", "--data", "x", "--out", "y"])
     assert (args.batch_size, args.lr, args.image_size, args.queries, args.layers, args.dim, args.ffn_dim, args.pixel_dim) == (
         32, 1e-4, 518, 200, 6, 256, 1728, 256)
+    assert (args.same_image, args.hide_features, args.strong_augmentation, args.synthetic) == (0.5, 0, False, 0)  # R14, R15
+
+
+@pytest.mark.parametrize("strong", [False, True])
+def test_augmented_masks_stay_on_their_defects_at_every_scale(strong):
+    image, labels = torch.full((3, 60, 90), 0.8), torch.zeros(60, 90, dtype=torch.uint8)
+    image[:, 20:40, 30:60], labels[20:40, 30:60] = 0.2, 3
+    areas = []
+    for i in range(60):
+        rng = np.random.default_rng(i)
+        view, marked = augment(image, labels, 84, rng, True, strong)
+        inside, outside = view[:, marked > 0].mean(dim=1), view[:, marked == 0].mean(dim=1)
+        assert view.shape == (3, 84, 84) and 0 <= view.min() and view.max() <= 1 and set(marked.unique().tolist()) <= {0, 3}
+        assert (marked > 0).sum() >= 12 and (strong or (inside < outside - 0.1).all())  # strong colour may turn light to dark
+        areas.append(int((marked > 0).sum()))
+    assert max(areas) > (4 if strong else 8) * min(areas)
+    for h, w in ((1, 1), (3, 200), (400, 20)):  # any shape
+        view, marked = augment(torch.rand(3, h, w), torch.ones(h, w, dtype=torch.uint8), 28, np.random.default_rng(0), True, strong)
+        assert view.shape == (3, 28, 28) and marked.any()
 
 
 def test_the_papers_rows_without_our_departures_can_be_trained(home):
@@ -392,6 +412,7 @@ def test_bad_data_is_named_before_training(home, capsys):
                             ({"mask": None}, "manifest.jsonl:2: mask: expected a path")):
         manifest.write_text("\n".join([lines[0], json.dumps(json.loads(lines[1]) | change), *lines[2:]]))
         assert train.main(arguments(home, home / "out", "--steps", 1)) == 2 and message in capsys.readouterr().err
+    assert train.main(arguments(home, home / "out", "--same-image", 1.5)) == 2 and "--same-image: expected a share" in capsys.readouterr().err
     for text, message in (("{broken\n", "manifest.jsonl:1: not a JSON record"), (lines[0], "no label is in two images of ['spots']"),
                           ("\n", "the manifest has no record"), ("[1]", "manifest.jsonl:1: expected a record")):
         manifest.write_text(text)
