@@ -76,6 +76,13 @@ def test_every_task_runs_draws_and_replays_the_same(checkpoint, data, tmp_path, 
     assert pictures and all(p.name in page for p in pictures) and "icas" in page
 
 
+def test_a_normal_prompt_has_no_training_free_peer(checkpoint, data, tmp_path):
+    result = run("--task", "semantic", "--data", data, "--seeds", 1, "--prompt", "normal", checkpoint=checkpoint, out=tmp_path / "out")
+    said = (tmp_path / "out" / "tables.txt").read_text()
+    assert {row["mean_iou"] for row in result["baselines"].values()} == {0} and "nothing to compare with" in said and "best training-free" not in said
+    assert all(e["normals"] and not e["prompts"] for e in result["episodes"]["toy"])
+
+
 def test_peers_see_the_prompt_as_it_lies(checkpoint, data, tmp_path):
     turned, lying = (run("--task", "semantic", "--data", data, "--seeds", 1, switch, checkpoint=checkpoint, out=tmp_path / switch)["data"]["toy"]
                      for switch in ("--turns", "--no-turns"))
