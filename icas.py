@@ -47,7 +47,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 __all__ = ["Config", "ICAS", "References", "Segmentation", "Detection", "segment", "detect", "encode", "fit", "load", "save",
            "convert", "to_rgb", "overlay"]
 
