@@ -528,7 +528,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--synthetic", type=int, default=0, metavar="KINDS", help="kinds of synthetic defect (default 0: none)")
     group.add_argument("--cache", help="folder that keeps encoded views, so that a CPU can train (default: encoded with each batch)")
     group.add_argument("--views", type=int, help="views of an image, three times as many of a kind; 0: each draw is a new one (default 0, "
-                       "with --cache 1)")
+                       "with --cache 2: a prompt may be another view of the target)")
     group.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="threads that read and augment, of a rank "
                        "(default: one a core, at most 16)")
     group = parser.add_argument_group("held-out data")
@@ -729,7 +729,7 @@ def prepare(args: argparse.Namespace) -> Run:
     for name in ("hide_features", "same_image"):
         if not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')}: expected a share from 0 to 1, got {getattr(args, name)}")
-    views = args.views if args.views is not None else int(bool(args.cache))
+    views = args.views if args.views is not None else 2 * bool(args.cache)
     if views < (1 if args.cache else 0):
         raise ValueError(f"--views: expected at least {1 if args.cache else 0}, got {views}; 0 needs a training without --cache")
     both = {Path(m).resolve() for m in args.data} & {Path(m).resolve() for m in (*args.held_out, *args.validate)}

@@ -188,6 +188,11 @@ def test_without_a_number_of_views_every_draw_is_new_and_shows_the_label(home, c
     assert sum("spot" in v.names for v in views) >= 23 and not torch.equal(views[0].pixels, views[6].pixels)
 
 
+def test_with_a_cache_a_prompt_may_be_another_view_of_the_target(home):
+    pairs = prepared(home, "--cache", home / "views").pairs
+    assert any(pairs.views_of(0, i, "spot") for i in pairs.by_label[0]["spot"])
+
+
 def test_a_pair_does_not_depend_on_who_draws_it(home):
     whole = prepared(home, "--hide-features", 0.5, "--shots", 3).pairs
     parts = prepared(home, "--hide-features", 0.5, "--shots", 3, "--accumulate", 2, "--workers", 3).pairs
