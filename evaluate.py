@@ -687,8 +687,8 @@ def table(task: str, name: str, rows: dict) -> str:
         lines.append(f"{method:<22}{r['mean_iou']:>7.1f}{r['std']:>8.1f}" + "".join(f"{r['iou'][t]:>12.1f}" for t in types)
                      + f"{r['fb_iou']:>9.1f}{r['image_iou']:>9.1f}" + good + "".join(f"{v:>10.1f}" for k in extra for v in r[k].values()))
     best = max(rows[m]["mean_iou"] for m in PEERS[task])
-    lines.append(f"icas / best training-free: {rows['icas']['mean_iou'] / best:.2f}" if best else
-                 "no marked defect: the rows S_s are S_n here, and a training-free margin has nothing to compare with")
+    lines.append(f"icas / best training-free: {rows['icas']['mean_iou'] / best:.2f}" if best else "no training-free method finds anything; "
+                 "without a marked defect they have nothing to compare with, and the rows S_s are S_n")
     return "\n".join(lines + ([PAPER["semantic"]] if task == "semantic" else []))
 
 

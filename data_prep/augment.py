@@ -22,15 +22,17 @@ def augment(image: Tensor, labels: Tensor, size: int, rng: np.random.Generator, 
     if turns:
         quarter = int(rng.integers(4))
         image, labels = image.rot90(quarter, (-2, -1)), labels.rot90(quarter, (-2, -1))
-    image, labels = resize(image, labels, size, size)
+    if strong:  # a crop of any shape
+        image, labels = resize(image, size, size), resize_labels(labels, size, size)
     return (colour if strong else mild_colour)(image, rng), labels
 
 
-def resize(image: Tensor, labels: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
-    if labels.shape == (h, w):
-        return image, labels
-    image = F.interpolate(image[None], size=(h, w), mode="bicubic", antialias=True)[0].clamp(0, 1)
-    return image, F.interpolate(labels[None, None].float(), size=(h, w), mode="nearest-exact")[0, 0].byte()
+def resize(image: Tensor, h: int, w: int) -> Tensor:
+    return F.interpolate(image[None], size=(h, w), mode="bicubic", antialias=True)[0].clamp(0, 1)
+
+
+def resize_labels(labels: Tensor, h: int, w: int) -> Tensor:
+    return F.interpolate(labels[None, None].float(), size=(h, w), mode="nearest-exact")[0, 0].byte()
 
 
 def enough(crop: Tensor, labels: Tensor) -> bool:
@@ -41,20 +43,22 @@ def enough(crop: Tensor, labels: Tensor) -> bool:
 def jitter(image: Tensor, labels: Tensor, size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Large-scale jitter (Ghiasi et al. 2021): the longer side becomes 0.1 to 2 times `size`; what is larger is cropped, what is smaller
     laid at random on the image's mean colour."""
-    h, w = labels.shape
     for attempt in range(10):
-        scale = size / max(h, w) * (rng.uniform(0.1, 2.0) if attempt < 9 else 1)
-        scaled, marked = resize(image, labels, max(1, round(h * scale)), max(1, round(w * scale)))
-        window = []
-        for n in marked.shape:
-            start = int(rng.integers(abs(n - size) + 1))
-            window.append((slice(start, start + size), slice(0, size)) if n > size else (slice(0, n), slice(start, start + n)))
-        (from_y, to_y), (from_x, to_x) = window
-        view, crop = image.mean(dim=(1, 2), keepdim=True).repeat(1, size, size), torch.zeros(size, size, dtype=torch.uint8)
-        view[:, to_y, to_x], crop[to_y, to_x] = scaled[:, from_y, from_x], marked[from_y, from_x]
+        scale = size / max(labels.shape) * (rng.uniform(0.1, 2.0) if attempt < 9 else 1)
+        h, w = (max(1, round(n * scale)) for n in labels.shape)
+        y, x = (int(np.sign(size - n) * rng.integers(abs(n - size) + 1)) for n in (h, w))
+        marked = resize_labels(labels, h, w)
+        crop = lay(marked, torch.zeros(size, size, dtype=torch.uint8), y, x)
         if enough(crop, marked):
             break
-    return view, crop
+    return lay(resize(image, h, w), image.mean(dim=(1, 2), keepdim=True).repeat(1, size, size), y, x), crop
+
+
+def lay(picture: Tensor, canvas: Tensor, y: int, x: int) -> Tensor:
+    """Lay a picture (..., h, w) on a canvas (..., H, W), its first pixel at (y, x), which may be outside; returns the canvas."""
+    (h, w), (height, width) = picture.shape[-2:], canvas.shape[-2:]
+    canvas[..., max(y, 0):y + h, max(x, 0):x + w] = picture[..., max(-y, 0):height - y, max(-x, 0):width - x]
+    return canvas
 
 
 def crop_or_mirror(image: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
