@@ -1094,7 +1094,7 @@ def to_rgb(image: Any, name: str = "image", value_range: tuple[float, float] | N
     Raises FileNotFoundError, TypeError or ValueError, with `name` in the message.
     """
     if isinstance(image, (str, os.PathLike)):
-        image, name = _open_image(image, name), f"{name} {os.fspath(image)!r}"
+        image, name = open_image(image, name), f"{name} {os.fspath(image)!r}"
     if hasattr(image, "getbands"):  # PIL
         image = _pil_array(_read_pixels(image, name))
     if not isinstance(image, (np.ndarray, Tensor)):
@@ -1142,9 +1142,9 @@ def _native(array: np.ndarray, name: str) -> np.ndarray:
     return array.astype(array.dtype.newbyteorder("="))
 
 
-def _open_image(path: str | os.PathLike, name: str):
+def open_image(path: str | os.PathLike, name: str):
     try:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError as error:
         raise ImportError('reading image files needs Pillow: pip install "icas[images]"; or pass arrays') from error
     if not Path(path).is_file():
@@ -1152,7 +1152,7 @@ def _open_image(path: str | os.PathLike, name: str):
     try:
         image = Image.open(path)
         image.load()
-        return image
+        return ImageOps.exif_transpose(image)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name}: {os.fspath(path)!r} is not a readable image ({error}); save it as PNG or JPEG") from error
 
@@ -1177,7 +1177,7 @@ def _pil_array(image) -> np.ndarray:
 def to_mask(mask: Any, shape: tuple[int, int], name: str = "mask") -> Tensor:
     """A mask as an (H, W) bool tensor: anything not 0 is marked. Same kinds of input as `to_rgb`; must have the image's size."""
     if isinstance(mask, (str, os.PathLike)):
-        mask, name = _open_image(mask, name), f"{name} {os.fspath(mask)!r}"
+        mask, name = open_image(mask, name), f"{name} {os.fspath(mask)!r}"
     if hasattr(mask, "getbands"):
         mask = _read_pixels(mask, name)
         mask = np.array(mask.convert("RGB") if mask.mode not in ("1", "L", "P", "I", "I;16", "F") else mask)

@@ -1,4 +1,4 @@
-"""Views of training images: augmentation (R15) and synthetic defects."""
+"""Views of training images: augmentation and synthetic defects."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -10,13 +10,18 @@ from scipy import ndimage
 from torch import Tensor
 
 
-def augment(image: Tensor, labels: Tensor, size: int, rng: np.random.Generator, turns: bool, strong: bool = False) -> tuple[Tensor, Tensor]:
-    """One square view (R15): large-scale jitter, flips, quarter turns (`turns`: anomaly data, flipped all ways so), mild colour.
+def augment(image: Tensor, labels: Tensor, size: int, rng: np.random.Generator, turns: bool,
+            strong: bool = False) -> tuple[Tensor, Tensor]:
+    """One square view: large-scale jitter, flips, quarter turns (`turns`: anomaly data, flipped all
+    ways so), mild colour.
 
     strong  crops and zooms that keep more of the image, mirrored borders, much more colour.
     returns (3, size, size) in [0, 1] and (size, size).
     """
-    image, labels = crop_or_mirror(image, labels, rng) if strong else jitter(image, labels, size, rng)
+    if strong:
+        image, labels = crop_or_mirror(image, labels, rng)
+    else:
+        image, labels = jitter(image, labels, size, rng)
     if rng.random() < 0.5:
         image, labels = image.flip(-1), labels.flip(-1)
     if turns:
@@ -40,9 +45,10 @@ def enough(crop: Tensor, labels: Tensor) -> bool:
     return not labels.any() or int((crop > 0).sum()) >= max(12, 0.1 * int((labels > 0).sum()))
 
 
-def jitter(image: Tensor, labels: Tensor, size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Large-scale jitter (Ghiasi et al. 2021): the longer side becomes 0.1 to 2 times `size`; what is larger is cropped, what is smaller
-    laid at random on the image's mean colour."""
+def jitter(image: Tensor, labels: Tensor, size: int, rng: np.random.Generator,
+           ) -> tuple[Tensor, Tensor]:
+    """Large-scale jitter (Ghiasi et al. 2021): the longer side becomes 0.1 to 2 times `size`; what
+    is larger is cropped, what is smaller laid at random on the image's mean colour."""
     for attempt in range(10):
         scale = size / max(labels.shape) * (rng.uniform(0.1, 2.0) if attempt < 9 else 1)
         h, w = (max(1, round(n * scale)) for n in labels.shape)
@@ -51,23 +57,29 @@ def jitter(image: Tensor, labels: Tensor, size: int, rng: np.random.Generator) -
         crop = lay(marked, torch.zeros(size, size, dtype=torch.uint8), y, x)
         if enough(crop, marked):
             break
-    return lay(resize(image, h, w), image.mean(dim=(1, 2), keepdim=True).repeat(1, size, size), y, x), crop
+    mean = image.mean(dim=(1, 2), keepdim=True).repeat(1, size, size)
+    return lay(resize(image, h, w), mean, y, x), crop
 
 
 def lay(picture: Tensor, canvas: Tensor, y: int, x: int) -> Tensor:
-    """Lay a picture (..., h, w) on a canvas (..., H, W), its first pixel at (y, x), which may be outside; returns the canvas."""
+    """Lay a picture (..., h, w) on a canvas (..., H, W), its first pixel at (y, x), which may be
+    outside; returns the canvas."""
     (h, w), (height, width) = picture.shape[-2:], canvas.shape[-2:]
-    canvas[..., max(y, 0):y + h, max(x, 0):x + w] = picture[..., max(-y, 0):height - y, max(-x, 0):width - x]
+    part = picture[..., max(-y, 0):height - y, max(-x, 0):width - x]
+    canvas[..., max(y, 0):y + h, max(x, 0):x + w] = part
     return canvas
 
 
-def crop_or_mirror(image: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """A crop of 0.45 of the shorter side or more, or all; one in five zoomed out before, to 0.4 at least: mirrored copies fill the frame."""
+def crop_or_mirror(image: Tensor, labels: Tensor, rng: np.random.Generator,
+                   ) -> tuple[Tensor, Tensor]:
+    """A crop of 0.45 of the shorter side or more, or all; one in five zoomed out before, to 0.4 at
+    least: mirrored copies fill the frame."""
     h, w = labels.shape
     if rng.random() < 0.2:
         pad_y, pad_x = (min(n - 1, round(n * rng.uniform(0.1, 0.75))) for n in (h, w))
-        image = F.pad(image[None], (pad_x, pad_x, pad_y, pad_y), mode="reflect")[0]
-        labels = F.pad(labels[None, None].float(), (pad_x, pad_x, pad_y, pad_y), mode="reflect")[0, 0].byte()
+        pad = (pad_x, pad_x, pad_y, pad_y)
+        image = F.pad(image[None], pad, mode="reflect")[0]
+        labels = F.pad(labels[None, None].float(), pad, mode="reflect")[0, 0].byte()
         h, w = labels.shape
     for attempt in range(10):
         side, aspect = min(h, w) * rng.uniform(0.45, 1.0), np.exp(rng.uniform(-0.2, 0.2))
@@ -106,7 +118,8 @@ def colour(image: Tensor, rng: np.random.Generator) -> Tensor:
     if rng.random() < 0.1:
         image = image.mean(dim=0, keepdim=True).expand(3, -1, -1)
     if rng.random() < 0.2:
-        image = torch.from_numpy(ndimage.gaussian_filter(image.numpy(), (0, *[rng.uniform(0.5, 1.5)] * 2)))
+        blur = [rng.uniform(0.5, 1.5)] * 2
+        image = torch.from_numpy(ndimage.gaussian_filter(image.numpy(), (0, *blur)))
     if rng.random() < 0.3:
         image = image + torch.from_numpy(rng.normal(0, rng.uniform(0, 0.04), image.shape)).float()
     return image.clamp(0, 1)
@@ -114,7 +127,8 @@ def colour(image: Tensor, rng: np.random.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class SyntheticDefect:
-    """One kind of damage, drawn once and then put on several images, each time in a new shape and place."""
+    """One kind of damage, drawn once and then put on several images, each time in a new shape and
+    place."""
     kind: str            # one of KINDS
     size: float          # length or diameter as a share of the image's side
     width: float         # of lines, as a share of the side
@@ -123,24 +137,29 @@ class SyntheticDefect:
     softness: float      # blur of the outline, as a share of the side
     count: int           # instances an image, at most
     texture: int         # seed of the image that a foreign texture comes from
-    relative: bool       # the colour shifts that of the surface, as shade and soot do, instead of covering it
+    relative: bool       # the colour shifts that of the surface, as shade and soot do
 
-    KINDS = ("scratch", "crack", "blob", "stain", "dent", "missing", "texture", "speckle", "smear", "pit", "scuff")
+    KINDS = ("scratch", "crack", "blob", "stain", "dent", "missing", "texture", "speckle", "smear",
+             "pit", "scuff")
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> "SyntheticDefect":
         kind = str(rng.choice(cls.KINDS))
         grey = rng.random()
         tint = tuple(np.clip(grey + rng.normal(0, 0.25 if rng.random() < 0.4 else 0.02, 3), 0, 1))
-        small = {"scratch": (.15, .9), "crack": (.2, 1.2), "blob": (.02, .2), "stain": (.1, .5), "dent": (.05, .3),
-                 "missing": (.06, .35), "texture": (.08, .45), "speckle": (.1, .4), "smear": (.1, .5),
-                 "pit": (.01, .05), "scuff": (.15, .8)}[kind]
-        return cls(kind, float(np.exp(rng.uniform(*np.log(small)))), float(np.exp(rng.uniform(np.log(.003), np.log(.025)))), tint,
-                   rng.uniform(0.35, 1), rng.uniform(0, 0.006), int(rng.integers(1, 6)), int(rng.integers(1 << 30)),
-                   bool(rng.random() < 0.4))
+        small = {"scratch": (.15, .9), "crack": (.2, 1.2), "blob": (.02, .2), "stain": (.1, .5),
+                 "dent": (.05, .3), "missing": (.06, .35), "texture": (.08, .45),
+                 "speckle": (.1, .4), "smear": (.1, .5), "pit": (.01, .05),
+                 "scuff": (.15, .8)}[kind]
+        size = float(np.exp(rng.uniform(*np.log(small))))
+        width = float(np.exp(rng.uniform(np.log(.003), np.log(.025))))
+        return cls(kind, size, width, tint, rng.uniform(0.35, 1), rng.uniform(0, 0.006),
+                   int(rng.integers(1, 6)), int(rng.integers(1 << 30)), bool(rng.random() < 0.4))
 
-    def paint(self, image: Tensor, foreign: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Damage image (3, S, S) in [0, 1]; `foreign` is another one. returns the image and its bool mask (S, S)."""
+    def paint(self, image: Tensor, foreign: Tensor, rng: np.random.Generator,
+              ) -> tuple[Tensor, Tensor]:
+        """Damage image (3, S, S) in [0, 1]; `foreign` is another one. returns the image and its
+        bool mask (S, S)."""
         side = image.shape[-1]
         mask = np.zeros((side, side), bool)
         for _ in range(int(rng.integers(1, self.count + 1))):
@@ -150,21 +169,25 @@ class SyntheticDefect:
         if self.kind == "texture":
             paint = foreign
         elif self.kind == "smear":
-            paint = torch.from_numpy(ndimage.gaussian_filter(image.numpy(), (0, side * .03, side * .03)))
+            blur = side * .03
+            paint = torch.from_numpy(ndimage.gaussian_filter(image.numpy(), (0, blur, blur)))
             paint = 0.8 * paint + 0.2 * torch.tensor(self.colour)[:, None, None].float()
         elif self.kind == "dent":  # light on one side, shade on the other
             height = ndimage.gaussian_filter(mask.astype(np.float32), self.size * side / 5)
             slope = np.gradient(height, axis=0) + np.gradient(height, axis=1)
-            paint, alpha = image + torch.from_numpy(0.5 * slope / (np.abs(slope).max() + 1e-6)).float(), alpha.sign() * self.opacity
+            shade = torch.from_numpy(0.5 * slope / (np.abs(slope).max() + 1e-6)).float()
+            paint, alpha = image + shade, alpha.sign() * self.opacity
         else:
-            paint = torch.tensor(self.colour)[:, None, None].float() + torch.from_numpy(rng.normal(0, 0.06, (3, 1, 1))).float()
+            tint = torch.from_numpy(rng.normal(0, 0.06, (3, 1, 1))).float()
+            paint = torch.tensor(self.colour)[:, None, None].float() + tint
             paint = paint + torch.from_numpy(rng.normal(0, 0.03, (3, side, side))).float()
             if self.relative:
                 paint = image + 0.8 * (paint - 0.5)
         return (image * (1 - alpha) + paint * alpha).clamp(0, 1), torch.from_numpy(mask)
 
     def _shape(self, side: int, rng: np.random.Generator) -> np.ndarray:
-        length, thick = self.size * side * rng.uniform(0.6, 1.6), max(0.6, self.width * side * rng.uniform(0.7, 1.4))
+        length = self.size * side * rng.uniform(0.6, 1.6)
+        thick = max(0.6, self.width * side * rng.uniform(0.7, 1.4))
         seeds = np.ones((side, side), bool)
         yx, angle = rng.uniform(0.1, 0.9, 2) * side, rng.uniform(0, 2 * np.pi)
         if self.kind in ("scratch", "crack"):
@@ -178,8 +201,10 @@ class SyntheticDefect:
             return near(seeds, thick / 2)
         if self.kind == "scuff":  # many short parallel strokes
             for _ in range(int(rng.integers(4, 15))):
-                start, steps = yx + rng.normal(0, length / 5, 2), np.arange(int(length * rng.uniform(0.3, 1)))
-                line = (start[:, None] + np.array([[np.sin(angle)], [np.cos(angle)]]) * steps).astype(int)
+                start = yx + rng.normal(0, length / 5, 2)
+                steps = np.arange(int(length * rng.uniform(0.3, 1)))
+                way = np.array([[np.sin(angle)], [np.cos(angle)]])
+                line = (start[:, None] + way * steps).astype(int)
                 line = line[:, ((line >= 0) & (line < side)).all(axis=0)]
                 seeds[line[0], line[1]] = False
             return near(seeds, thick / 2)
@@ -192,7 +217,8 @@ class SyntheticDefect:
         u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
         radius = np.hypot(u, v * rng.uniform(1, 2.2)) / (length / 2 + 1)
         ragged = ndimage.gaussian_filter(rng.normal(size=(side, side)), max(1.5, length / 8))
-        ragged *= {"blob": .1, "dent": .05, "missing": .15, "pit": .1}.get(self.kind, .45) / (ragged.std() + 1e-9)
+        rough = {"blob": .1, "dent": .05, "missing": .15, "pit": .1}.get(self.kind, .45)
+        ragged *= rough / (ragged.std() + 1e-9)
         return radius + ragged < 1
 
 

@@ -1,12 +1,15 @@
-"""BMAD's arrangement of medical slices, for `oct`, `brats` and `lits`: https://github.com/DorisBao/BMAD (its README shows the folders)
+"""BMAD's arrangement of medical slices, for `oct`, `brats` and `lits`:
+https://github.com/DorisBao/BMAD (its README shows the folders)
 
     ROOT/train/good/[img/]00003_60.png
     ROOT/test/good/img/00000_96.png
-    ROOT/test/Ungood/img/00002_60.png, ROOT/test/Ungood/label/00002_60.png      any value but 0 is the lesion
+    ROOT/test/Ungood/img/00002_60.png
+    ROOT/test/Ungood/label/00002_60.png      any value but 0 is the lesion
 
-Names differ from archive to archive: Ungood or ungood, label or anomaly_mask (MVFA-AD's copy), test/img/good instead of test/good/img,
-and one folder more around it all (Brain_AD/BraTS2021_slice, Liver_AD/hist_DIY, Retina_RESC_AD/RESC, as public readers of the archives
-have it). The validation part is left out. A patient's slices share the name before the last underscore.
+Names differ from archive to archive: Ungood or ungood, label or anomaly_mask (MVFA-AD's copy),
+test/img/good instead of test/good/img, and one folder more around it all (Brain_AD/BraTS2021_slice,
+Liver_AD/hist_DIY, Retina_RESC_AD/RESC, as public readers of the archives have it). The validation
+part is left out. A patient's slices share the name before the last underscore.
 Counts: Bao et al., BMAD (CVPR workshops 2024), Table 1, from memory; those for training agree with
 https://huggingface.co/datasets/Hammadhaideerr/CTTA-AD-Benchmarks.
 """
@@ -15,49 +18,40 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Iterator
 
-from .common import by_stem, folders, images, missing, read_mask, size
+from .common import by_stem, child, first_folder, folders, images, missing, read_mask, size
 
 COUNTS = {"oct": {"images": 6102, "train good": 4297, "test good": 1041, "test bad": 764},
           "brats": {"images": 11215, "train good": 7500, "test good": 640, "test bad": 3075},
           "lits": {"images": 3035, "train good": 1542, "test good": 833, "test bad": 660}}
 
 
-def sub(folder: Path, *names: str) -> Path | None:
-    """The sub-folder of one of these names, in capitals or not."""
-    return next((p for p in folders(folder) if p.name.lower() in names), None)
-
-
 def find(root: Path) -> Path | None:
     """The folder that holds train/ and test/: ROOT or one below."""
-    return next((p for p in [root, *folders(root)] if sub(p, "train") and sub(p, "test")), None)
-
-
-def place(phase: Path, kind: str, *types: str) -> Path | None:
-    """phase/kind/type, phase/type/kind or phase/kind."""
-    outer = sub(phase, kind)
-    if outer:
-        return sub(outer, *types) or (outer if "img" in types else None)
-    outer = sub(phase, *types)
-    return outer and sub(outer, kind)
+    return next((p for p in [root, *folders(root)]
+                 if child(p, "train").is_dir() and child(p, "test").is_dir()), None)
 
 
 def records(root: Path, label: str) -> Iterator[dict]:
     base = find(root)
     if base is None:
-        raise ValueError(f"{root}: expected train/good, test/good/img, test/Ungood/img and test/Ungood/label; found "
+        raise ValueError(f"{root}: expected train/good, test/good/img, test/Ungood/img and "
+                         f"test/Ungood/label; found "
                          f"{[p.name for p in folders(root)][:8]}")
     for split in ("train", "test"):
-        phase = sub(base, split)
+        phase = child(base, split)
         for kind in ("good", "ungood"):
-            folder, marks = place(phase, kind, "img"), place(phase, kind, "label", "anomaly_mask")
-            masks = by_stem(marks) if marks else {}
-            for image in images(folder) if folder else []:
-                record = {"image": str(image), "labels": {}, "split": split, "group": image.stem.rpartition("_")[0] or image.stem}
+            folder = first_folder(phase, f"{kind}/img", f"img/{kind}", kind)
+            marks = first_folder(phase, f"label/{kind}", f"anomaly_mask/{kind}",
+                                 f"{kind}/anomaly_mask", f"{kind}/label")
+            masks = by_stem(marks)
+            for image in images(folder) if folder.is_dir() else []:
+                patient = image.stem.rpartition("_")[0] or image.stem
+                record = {"image": str(image), "labels": {}, "split": split, "group": patient}
                 if kind == "good":
                     size(image)
                     yield record
                 elif image.stem not in masks:
-                    yield missing((marks or phase / kind / "label") / image.name)
+                    yield missing(marks / image.name)
                 elif read_mask(masks[image.stem], image).any():
                     yield record | {"mask": str(masks[image.stem]), "labels": {"*": label}}
                 else:

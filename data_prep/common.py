@@ -1,27 +1,29 @@
-"""What every reader uses: files, images and masks, long JSON files, the manifest's writer and stream, splits, counts."""
+"""What every reader uses: files, images and masks, long JSON files, splits, counts, and the
+manifest's writer and stream."""
 from __future__ import annotations
 
 import json
 import os
 import zlib
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Callable, Iterable, Iterator
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 
 
-# ---- Files -----------------------------------------------------------------------------------------------------------
+# ---- Files ---------------------------------------------------------------------------------------
 
 
 def images(folder: Path) -> list[Path]:
-    """Images right in a folder, sorted by name; macOS's ._ files and broken links are not images."""
+    """Images right in a folder, sorted by name; macOS's ._ files and broken links are none."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder at {folder}")
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file())
+    found = sorted(p for p in folder.iterdir()
+                   if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file())
     odd = [p for p in found if p.name != os.fsencode(p.name).decode("utf-8", "replace")]
     if odd:
         raise ValueError(f"{os.fsencode(odd[0])!r}: the file name is not UTF-8; rename it")
@@ -40,13 +42,32 @@ def folders(root: Path) -> list[Path]:
                   and not (p.is_symlink() and p.resolve() in above))
 
 
-def first_folder(*choices: Path) -> Path:
-    """The first choice that is there, the last one if none is."""
-    return next((p for p in choices if p.is_dir()), choices[-1])
+def child(folder: Path, path: str) -> Path:
+    """folder/path, or what differs from it in capitals only: archives and file systems do.
+
+    An exact spelling comes first, and stands where nothing is found.
+    """
+    if (folder / path).exists():
+        return folder / path
+    for name in PurePosixPath(path).parts:
+        exact, wanted = folder / name, name.lower()
+        if not exact.exists() and folder.is_dir():
+            exact = min((p for p in folder.iterdir() if p.name.lower() == wanted), default=exact)
+        folder = exact
+    return folder
+
+
+def first_folder(root: Path, *paths: str) -> Path:
+    """The first `child` that is a folder, the last one if none is."""
+    for path in paths:
+        if (folder := child(root, path)).is_dir():
+            break
+    return folder
 
 
 def missing(path: Path) -> dict:
-    """Stands in for the record of a file that a list names and that is not there: `write_manifest` counts and names these."""
+    """Stands in for the record of a file that a list names and that is not there; `write_manifest`
+    counts and names these."""
     return {"missing": str(path)}
 
 
@@ -68,7 +89,8 @@ def read_json(path: Path) -> Any:
 
 
 def json_items(path: Path, *keys: str, chunk: int = 1 << 22) -> Iterator[tuple[str, Any]]:
-    """(key, element) of the lists under `keys` in a JSON file that is one object: flat memory, however long the lists are.
+    """(key, element) of the lists under `keys` in a JSON file that is one object: flat memory,
+    however long the lists are.
 
     Objects365's annotations alone would take some 40 GB as Python objects.
     """
@@ -96,7 +118,8 @@ def json_items(path: Path, *keys: str, chunk: int = 1 << 22) -> Iterator[tuple[s
             while True:
                 try:
                     found, stop = decoder.raw_decode(text, at)
-                    if stop < len(text) or end:  # a number that touches the end of the block may go on in the next
+                    # a number that touches the end of the block may go on in the next
+                    if stop < len(text) or end:
                         at = stop
                         return found
                 except json.JSONDecodeError:
@@ -123,27 +146,62 @@ def json_items(path: Path, *keys: str, chunk: int = 1 << 22) -> Iterator[tuple[s
             raise ValueError(f"{path}: not a whole JSON file ({error}); get it again") from error
 
 
-# ---- Images and masks ------------------------------------------------------------------------------------------------
+# ---- Images and masks ----------------------------------------------------------------------------
 
 
 def size(path: Path) -> tuple[int, int]:
-    """(h, w) of an image file that the scripts can read: whole, 8 bits a channel.
+    """(h, w) of an image file that the scripts can read: whole, 8 bits a channel; upright.
 
-    JPEG and PNG are whole when their end mark is there, which costs no decoding; all others are read through.
+    JPEG and PNG are whole when their end mark is there, which costs no decoding; all others are
+    read through.
     """
     try:
         with Image.open(path) as image:
             if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-                raise ValueError("16 bits or more a pixel, where black and white are anyone's guess; save it with 8")
+                raise ValueError("16 bits or more a pixel, where black and white are anyone's "
+                                 "guess; save it with 8")
             if not is_whole(path, image.format):
                 image.load()
-            return image.height, image.width
+            return upright_size(image)
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable image ({error}); get it again") from error
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(h, w) of an opened file's picture, turned as its EXIF says; decodes if it says so late."""
+    if image.format == "TIFF" or image.format == "PNG" and exif_is_last(image.filename):
+        image.load()  # Pillow turns a TIFF itself: when it opens or when it loads, by its version
+    exif = Image.Image.getexif(image)  # a PNG's own getexif would decode it
+    turned = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return image.size if turned else image.size[::-1]
+
+
+def exif_is_last(path: str | Path) -> bool:
+    """Whether a PNG's EXIF comes behind its pixels, where opening it does not look."""
+    pixels = False
+    with open(path, "rb", buffering=0) as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:  # a chunk's length and kind; content and CRC follow
+            if head[4:] == b"eXIf":
+                return pixels
+            pixels |= head[4:] == b"IDAT"
+            file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
+    return False
+
+
+def upright(path: Path) -> Image.Image:
+    """The picture of a file, read, and turned as its EXIF says."""
+    try:
+        with Image.open(path) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            return image
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable image ({error}); get it again") from error
 
 
 def is_whole(path: Path, format: str | None) -> bool:
-    """Whether the end mark is there; Pillow reads a JPEG whose rest is zeros without a word, so that is an error."""
+    """Whether the end mark is there; Pillow reads a JPEG whose rest is zeros without a word, so
+    that is an error."""
     mark = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(format or "")
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 64))
@@ -156,17 +214,13 @@ def is_whole(path: Path, format: str | None) -> bool:
 
 
 def read_mask(path: Path, image: Path) -> np.ndarray:
-    """(h, w) array of a mask file, of the image's size: grey levels, palette indices or 16-bit values; RGB must be grey."""
-    shape = size(image)
-    try:
-        with Image.open(path) as mask:
-            mode, lossy, array = mask.mode, mask.format == "JPEG", np.array(mask.convert("RGB") if mask.mode == "CMYK" else mask)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable image ({error}); get it again") from error
-    if mode in ("LA", "PA", "RGBA", "La", "RGBa"):
-        raise ValueError(f"{path}: a mask with an alpha channel does not say what is marked; save it as a grey PNG")
-    if lossy and ((array > 0) & (array < 255)).any():
-        raise ValueError(f"{path}: JPEG blurs a mask's outline into values between 0 and 255; save it as PNG")
+    """(h, w) array of a mask file, of the image's size: grey levels, palette indices or 16-bit
+    values; RGB must be grey."""
+    shape, mask = size(image), upright(path)
+    array = mask_values(mask, path)
+    if mask.format == "JPEG" and ((array > 0) & (array < 255)).any():
+        raise ValueError(f"{path}: JPEG blurs a mask's outline into values between 0 and 255; "
+                         "save it as PNG")
     if array.ndim == 3:
         if (array != array[..., :1]).any():
             raise ValueError(f"{path}: expected one value a pixel, got colours")
@@ -176,14 +230,31 @@ def read_mask(path: Path, image: Path) -> np.ndarray:
     return array
 
 
+def mask_values(mask: Image.Image, name: str | Path) -> np.ndarray:
+    """(h, w) array of an opened mask, (h, w, 3) of one in colours; a palette gives its indices.
+
+    Alpha that is the same everywhere says nothing and is dropped; any other raises ValueError.
+    """
+    mask = mask.convert({"La": "LA", "RGBa": "RGBA", "CMYK": "RGB"}.get(mask.mode, mask.mode))
+    array = np.array(mask)
+    if mask.mode in ("LA", "PA", "RGBA"):
+        if np.ptp(array[..., -1]):
+            raise ValueError(f"{name}: a mask with an alpha channel does not say what is marked; "
+                             "save it as a grey PNG")
+        array = array[..., 0] if array.shape[-1] == 2 else array[..., :3]
+    return array
+
+
 def starts_black(path: Path) -> bool:
-    """Whether value 0 of a palette PNG is shown black: an optimiser may have swapped what is marked and what is not."""
+    """Whether value 0 of a palette PNG is shown black: an optimiser may have swapped what is marked
+    and what is not."""
     with Image.open(path) as mask:
-        return mask.mode != "P" or (mask.getpalette() or [0, 0, 0])[:3] == [0, 0, 0]
+        return mask.mode not in ("P", "PA") or (mask.getpalette() or [0, 0, 0])[:3] == [0, 0, 0]
 
 
 def write_png(path: Path, array: np.ndarray, source: Path) -> Path:
-    """Write an 8-bit grey PNG, whole or not at all, unless one is there that is newer than the file it was made from."""
+    """Write an 8-bit grey PNG, whole or not at all, unless one is there that is newer than the file
+    it was made from."""
     if not path.is_file() or path.stat().st_mtime < source.stat().st_mtime:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
@@ -215,7 +286,8 @@ def area(code: dict) -> int:
 
 
 def painted(image: Path, split: str, masks: dict[str, dict]) -> dict:
-    """The record of an image with {label: run lengths}, the largest first: what is painted later lies on top."""
+    """The record of an image with {label: run lengths}, the largest first: what is painted later
+    lies on top."""
     record = {"image": str(image), "labels": {}, "split": split, "group": image.stem}
     if not masks:
         return record
@@ -230,15 +302,16 @@ def cuts(h: int, w: int, strips: int) -> list[list[int]]:
     return [[0, a, w, b] if h >= w else [a, 0, b, h] for a, b in zip(edges, edges[1:])]
 
 
-# ---- Splits ----------------------------------------------------------------------------------------------------------
+# ---- Splits --------------------------------------------------------------------------------------
 
 
 def split_of(group: str, share: float = 0.75) -> str:
-    """ "train" for about `share` of all groups, decided by the group's name alone: no order, no seed, nothing to keep in step."""
+    """ "train" for about `share` of all groups, decided by the group's name alone: no order, no
+    seed, nothing to keep in step."""
     return "train" if zlib.crc32(group.encode()) / 2 ** 32 < share else "test"
 
 
-# ---- Manifest --------------------------------------------------------------------------------------------------------
+# ---- Manifest ------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=4096)
@@ -246,12 +319,16 @@ def relative(folder: str, base: str) -> str:
     return os.path.relpath(folder, base).replace(os.sep, "/")
 
 
-def write_manifest(records: Iterable[dict], out: Path, accept: Callable[[dict[str, int], list[str]], None] = lambda counts, missed: None,
-                   ) -> dict[str, int]:
+def write_manifest(
+        records: Iterable[dict], out: Path,
+        accept: Callable[[dict[str, int], list[str]], None] = lambda counts, missed: None,
+        ) -> dict[str, int]:
     """Write OUT/manifest.jsonl from records with absolute paths, in flat memory. returns counts.
 
-    accept  is called with the counts and the first missing files before the manifest gets its name; what it raises leaves none.
-    Counts: images, masks, good, bad, missing, groups (that follow each other), the same by split ("train bad") and category.
+    accept  is called with the counts and the first missing files before the manifest gets its name;
+            what it raises leaves none.
+    Counts: images, masks, good, bad, missing, groups (that follow each other), the same by split
+    ("train bad") and category.
     """
     out.mkdir(parents=True, exist_ok=True)
     base, part = str(out.resolve()), out / "manifest.jsonl.part"
@@ -274,7 +351,8 @@ def write_manifest(records: Iterable[dict], out: Path, accept: Callable[[dict[st
         if not set(counts) - {"missing"}:
             raise ValueError(f"{out}: no record was found; is --root the downloaded folder?"
                              + "".join(f" {m} is missing" for m in missed[:1]))
-        counts |= {"labels": len(labels), "categories": sum(key.startswith("category ") for key in counts)}
+        categories = sum(key.startswith("category ") for key in counts)
+        counts |= {"labels": len(labels), "categories": categories}
         accept(counts, missed)
         part.replace(out / "manifest.jsonl")
     finally:
@@ -295,7 +373,8 @@ def line_of(record: dict, base: str) -> str:
 def kinds_of(record: dict) -> list[str]:
     """What a record counts as."""
     kind = "bad" if "mask" in record or record.get("anomalous") else "good"
-    kinds = ["images", kind, record["split"], f"{record['split']} {kind}"] + ["masks"] * ("mask" in record)
+    kinds = ["images", kind, record["split"], f"{record['split']} {kind}"]
+    kinds += ["masks"] * ("mask" in record)
     return kinds + ([f"category {record['category']}"] if "category" in record else [])
 
 
@@ -307,15 +386,21 @@ def stream(path: Path) -> Iterator[dict]:
                 yield json.loads(line)
 
 
-def check(counts: dict[str, int], published: dict[str, int], missed: list[str], partial: bool) -> list[str]:
-    """Lines that compare what was found with what was published. Raises ValueError on a difference unless `partial`."""
-    lines = [f"{key}: {counts.get(key, 0)}" + ("" if want == counts.get(key, 0) else f", published {want}")
-             for key, want in published.items()]
+def check(counts: dict[str, int], published: dict[str, int], missed: list[str], partial: bool,
+          ) -> list[str]:
+    """Lines that compare what was found with what was published. Raises ValueError on a difference
+    unless `partial`."""
+    lines = []
+    for key, want in published.items():
+        found = counts.get(key, 0)
+        lines.append(f"{key}: {found}" + ("" if want == found else f", published {want}"))
     wrong = [line for line in lines if "published" in line]
     if missed:
         more = counts["missing"] - len(missed)
-        wrong.append(f"{counts['missing']} files are missing: " + ", ".join(missed) + (f" and {more} more" if more else ""))
+        wrong.append(f"{counts['missing']} files are missing: " + ", ".join(missed)
+                     + (f" and {more} more" if more else ""))
         lines.append(wrong[-1])
     if wrong and not partial:
-        raise ValueError("counts differ from the published ones: " + "; ".join(wrong) + ". Get what is missing, or pass --partial")
+        raise ValueError("counts differ from the published ones: " + "; ".join(wrong)
+                         + ". Get what is missing, or pass --partial")
     return lines

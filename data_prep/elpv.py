@@ -1,7 +1,9 @@
-"""ELPV: 2,624 electroluminescence images of solar cells with the probability that they are defective, no masks.
+"""ELPV: 2,624 electroluminescence images of solar cells with the probability that they are
+defective, no masks.
 
-https://github.com/zae-bayern/elpv-dataset, from the PyPI package elpv-dataset: data/images/cell0001.png ... and data/labels.csv with
-lines `path  probability  type` (mono or poly). Probability 0 against 1; the two middle ones are dropped (METHOD 4).
+https://github.com/zae-bayern/elpv-dataset, from the PyPI package elpv-dataset:
+data/images/cell0001.png ... and data/labels.csv with lines `path  probability  type` (mono or
+poly). Probability 0 against 1; the two middle ones are dropped, InCTRL's protocol.
 """
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ PUBLISHED = {"images": 2223, "good": 1508, "bad": 715}
 
 
 def records(root: Path | None = None, out: Path | None = None) -> Iterator[dict]:
-    """Records with absolute paths, from the package, or from the `elpv_dataset` folder of a clone."""
+    """Records with absolute paths, from the package, or from a clone's `elpv_dataset` folder."""
     if root is None:
         try:
             import elpv_dataset

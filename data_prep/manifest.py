@@ -1,4 +1,5 @@
-"""Reading manifests: records, images and label maps, of any number of lines. The format is in `data_prep/__init__.py`."""
+"""Reading manifests: records, images and label maps, of any number of lines. The format is in
+`data_prep/__init__.py`."""
 from __future__ import annotations
 
 import json
@@ -13,9 +14,12 @@ from torch import Tensor
 
 import icas
 
+from .common import mask_values, upright_size
+
 
 def manifest_lines(path: Path, limit: int | None) -> Iterator[tuple[str, str]]:
-    """(place, line) of a manifest; of a file with more than about `limit` lines, that many spread evenly over its bytes."""
+    """(place, line) of a manifest; of a file with more than about `limit` lines, that many spread
+    evenly over its bytes."""
     with open(path, "rb") as file:
         size, head = path.stat().st_size, file.read(1 << 16)
         length = len(head) / max(1, head.count(b"\n"))
@@ -31,8 +35,10 @@ def manifest_lines(path: Path, limit: int | None) -> Iterator[tuple[str, str]]:
                 yield f"{path}, byte {start}", line.decode("utf-8", "replace")
 
 
-def read_manifest(path: str | Path, split: str | None = None, limit: int | None = None) -> list[dict]:
-    """Records of one manifest, in file order, with absolute `image` and `mask` paths and the place in `where`.
+def read_manifest(path: str | Path, split: str | None = None, limit: int | None = None,
+                  ) -> list[dict]:
+    """Records of one manifest, in file order, with absolute `image` and `mask` paths and the place
+    in `where`.
 
     limit  reads about so many of a longer manifest, in seconds however long it is.
     """
@@ -40,7 +46,8 @@ def read_manifest(path: str | Path, split: str | None = None, limit: int | None 
     if path.is_dir():
         path = path / "manifest.jsonl"
     if not path.is_file():
-        raise FileNotFoundError(f"data: no manifest at {path}; give a manifest.jsonl or the folder that holds one")
+        raise FileNotFoundError(f"data: no manifest at {path}; give a manifest.jsonl or the folder "
+                                "that holds one")
     records = []
     for where, line in manifest_lines(path, limit):
         if not line.strip():
@@ -58,7 +65,8 @@ def read_manifest(path: str | Path, split: str | None = None, limit: int | None 
         if split is None or record.get("split", split) == split:
             records.append(record | {"where": where, "set": path.parent.name})
     if not records:
-        raise ValueError(f"{path}: the manifest has no record" + (f" of split {split!r}" if split else ""))
+        raise ValueError(f"{path}: the manifest has no record"
+                         + (f" of split {split!r}" if split else ""))
     return records
 
 
@@ -67,26 +75,32 @@ def check_record(record: object, where: str) -> None:
     if not isinstance(record, dict) or not isinstance(record.get("image"), str):
         raise ValueError(f'{where}: expected a record with "image": PATH, got {str(record)[:80]}')
     labels, mask = record.get("labels", {}), record.get("mask", "")
-    if not isinstance(labels, dict) or not all(isinstance(name, str) and (v == "*" or v.isdecimal() and int(v) < 256)
-                                               for v, name in labels.items()):
-        raise ValueError(f'{where}: labels: expected {{"VALUE": "NAME"}}, a value being "*" or 1 to 255, got {str(labels)[:80]}')
+    if not isinstance(labels, dict) or not all(
+            isinstance(name, str) and (v == "*" or v.isdecimal() and int(v) < 256)
+            for v, name in labels.items()):
+        raise ValueError(f'{where}: labels: expected {{"VALUE": "NAME"}}, a value being "*" or '
+                         f'1 to 255, got {str(labels)[:80]}')
     if not isinstance(mask, (str, dict)):
-        raise ValueError(f"{where}: mask: expected a path or {{VALUE: COCO RLE}}, got {str(mask)[:80]}; or none")
+        raise ValueError(f"{where}: mask: expected a path or {{VALUE: COCO RLE}}, "
+                         f"got {str(mask)[:80]}; or none")
 
 
 def check_sizes(records: Sequence[dict], workers: int) -> None:
-    """Raise ValueError for the first record whose image or mask cannot be opened, or whose sizes differ. Reads headers only."""
+    """Raise ValueError for the first record whose image or mask cannot be opened, or whose sizes
+    differ. Reads little but headers."""
     def size(path: str, where: str) -> tuple[int, ...]:
         try:
             with Image.open(path) as image:
-                return image.size[::-1]
+                return upright_size(image)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"{where}: {path!r} is not a readable image ({error})") from error
 
     def check(record: dict) -> None:
-        where, mask = place(record), record.get("mask")
+        where, mask = place(record), record.get("mask", {})
         given = size(record["image"], where)
-        for other in [size(mask, where)] if isinstance(mask, str) else [tuple(code["size"]) for code in (mask or {}).values()]:
+        others = ([size(mask, where)] if isinstance(mask, str)
+                  else [tuple(code["size"]) for code in mask.values()])
+        for other in others:
             if other != given:
                 raise ValueError(f"{where}: mask is {other}, its image {given}")
     with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -98,7 +112,8 @@ def place(record: dict) -> str:
 
 
 def read_labels(record: dict) -> np.ndarray | None:
-    """(H, W) uint8 label map of the whole image, 1 for every mark of a "*" label; None without a mask."""
+    """(H, W) uint8 label map of the whole image, 1 for every mark of a "*" label; None without a
+    mask."""
     if "mask" not in record:
         return None
     if isinstance(record["mask"], dict):
@@ -107,25 +122,32 @@ def read_labels(record: dict) -> np.ndarray | None:
         for value, code in record["mask"].items():
             part = coco.decode(code)
             if part.shape != labels.shape:
-                raise ValueError(f"{place(record)}: mask {value!r} is {part.shape}, another {labels.shape}")
+                raise ValueError(f"{place(record)}: mask {value!r} is {part.shape}, another "
+                                 f"{labels.shape}")
             labels[part > 0] = 1 if value == "*" else int(value)
         return labels
-    labels = np.array(icas._open_image(record["mask"], place(record)))
-    if labels.ndim == 3:  # RGB or grey, without alpha
-        labels = labels[..., :3 if labels.shape[-1] > 2 else 1].max(axis=-1)
+    where = place(record)
+    labels = mask_values(icas.open_image(record["mask"], where), f"{where}: {record['mask']!r}")
+    if labels.ndim == 3:
+        labels = labels.max(axis=-1)
     if "*" in record.get("labels", {}):
         return (labels > 0).astype(np.uint8)
     if labels.max(initial=0) > 255:
-        raise ValueError(f"{place(record)}: mask has the value {labels.max()}; a label map has one byte a pixel")
+        raise ValueError(f"{where}: mask has the value {labels.max()}; a label map has one byte a "
+                         "pixel")
     return labels.astype(np.uint8)
 
 
 def read_record(record: dict) -> tuple[Tensor, Tensor]:
-    """image (3, H, W) float in [0, 1], label map (H, W) uint8: zeros without a mask, 1 for every mark of a "*" label (data_prep)."""
-    image, labels = icas.to_rgb(record["image"], place(record)).permute(2, 0, 1).float() / 255, read_labels(record)
-    labels = torch.zeros(image.shape[1:], dtype=torch.uint8) if labels is None else torch.from_numpy(labels)
+    """image (3, H, W) float in [0, 1], label map (H, W) uint8: zeros without a mask, 1 for every
+    mark of a "*" label (data_prep)."""
+    image = icas.to_rgb(record["image"], place(record)).permute(2, 0, 1).float() / 255
+    labels = read_labels(record)
+    labels = (torch.zeros(image.shape[1:], dtype=torch.uint8) if labels is None
+              else torch.from_numpy(labels))
     if labels.shape != image.shape[1:]:
-        raise ValueError(f"{place(record)}: mask is {tuple(labels.shape)}, its image {tuple(image.shape[1:])}")
+        raise ValueError(f"{place(record)}: mask is {tuple(labels.shape)}, "
+                         f"its image {tuple(image.shape[1:])}")
     return in_box(record, image), in_box(record, labels)
 
 
@@ -148,18 +170,21 @@ def named(record: dict) -> dict[str, str]:
 
 
 def choose(manifest: str | Path, count: int, good: int, seed: int) -> list[dict]:
-    """Up to `count` marked images of a manifest, and `good` unmarked ones (0: all), sorted; of very long manifests a sample."""
+    """Up to `count` marked images of a manifest, and `good` unmarked ones (0: all), sorted; of very
+    long manifests a sample."""
     records = read_manifest(manifest, limit=100_000)
     rng, chosen = np.random.default_rng([seed, sum(map(ord, records[0]["set"]))]), []
-    marked, plain = [r for r in records if "mask" in r], [r for r in records if "mask" not in r and not r.get("anomalous")]
+    marked = [r for r in records if "mask" in r]
+    plain = [r for r in records if "mask" not in r and not r.get("anomalous")]
     for part, number in ((marked, count), (plain, good)):
         chosen += [part[i] for i in sorted(rng.permutation(len(part))[:number or len(part)])]
     return chosen
 
 
 def by_category(record: dict) -> dict[str, str]:
-    """{value: label}; a scratch on another object is another label (R14)."""
-    return {v: f"{record['category']} {n}" if "category" in record else n for v, n in named(record).items()}
+    """{value: label}; a scratch on another object is another label: pairs share object and type."""
+    return {v: f"{record['category']} {name}" if "category" in record else name
+            for v, name in named(record).items()}
 
 
 def group(record: dict) -> str:

@@ -1,6 +1,7 @@
 """Retinal OCT (RESC) as the BMAD benchmark distributes it, https://github.com/DorisBao/BMAD
 
-    ROOT/train/good/*.png, ROOT/test/{good,Ungood}/{img,label}/*.png      see data_prep/bmad.py for its variants
+    ROOT/train/good/*.png, ROOT/test/{good,Ungood}/{img,label}/*.png
+        see data_prep/bmad.py for its variants
 """
 from __future__ import annotations
 
