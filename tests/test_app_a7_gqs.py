@@ -10,7 +10,8 @@ import icas
 def naive(points: np.ndarray, count: int) -> list[int]:
     picked = [int(np.argmax(((points - points.mean(axis=0)) ** 2).sum(axis=1)))]
     while len(picked) < count:
-        gaps = [-1.0 if i in picked else min(((points[i] - points[j]) ** 2).sum() for j in picked) for i in range(len(points))]
+        gaps = [-1.0 if i in picked else min(((points[i] - points[j]) ** 2).sum() for j in picked)
+                for i in range(len(points))]
         picked.append(int(np.argmax(gaps)))
     return picked
 
@@ -25,9 +26,10 @@ def test_greedy_cover_is_at_most_twice_the_best(rng):
     for _ in range(20):
         points = rng.normal(size=(9, 2))
         gap = np.linalg.norm(points[:, None] - points[None], axis=-1)
-        radius = lambda picked: gap[:, list(picked)].min(axis=1).max()           # noqa: E731,B023  Eq. 2
-        best = min(map(radius, itertools.combinations(range(9), 3)))             # R*
-        assert radius(icas.greedy_queries(torch.from_numpy(points)[None], 3)[0].tolist()) <= 2 * best + 1e-12  # Eq. 4
+        radius = lambda picked: gap[:, list(picked)].min(axis=1).max()  # noqa: E731,B023  Eq. 2
+        best = min(map(radius, itertools.combinations(range(9), 3)))    # R*
+        picked = icas.greedy_queries(torch.from_numpy(points)[None], 3)[0].tolist()
+        assert radius(picked) <= 2 * best + 1e-12                       # Eq. 4
 
 
 def test_picks_are_distinct_even_among_equal_tokens_and_ties_take_the_lowest_index():
@@ -38,9 +40,11 @@ def test_picks_are_distinct_even_among_equal_tokens_and_ties_take_the_lowest_ind
 
 def test_algorithm_1_as_printed_misses_a_small_far_group_that_ours_finds(rng):
     points = rng.normal(size=(200, 16)) * 0.2 + np.eye(16)[0]
-    points[190:] = rng.normal(size=(10, 16)) * 0.2 + np.eye(16)[1]               # ten defect tokens
+    points[190:] = rng.normal(size=(10, 16)) * 0.2 + np.eye(16)[1]      # ten defect tokens
     points /= np.linalg.norm(points, axis=1, keepdims=True)
     similarity = points @ points.T
-    printed = np.argsort(-similarity.min(axis=1), kind="stable")[:10]            # argmax of the min over all of F_t
+    # as printed: argmax of the min over all of F_t
+    printed = np.argsort(-similarity.min(axis=1), kind="stable")[:10]
     assert not (printed >= 190).any()
-    assert any(i >= 190 for i in icas.greedy_queries(torch.from_numpy(points)[None], 10)[0].tolist())
+    picked = icas.greedy_queries(torch.from_numpy(points)[None], 10)[0].tolist()
+    assert any(i >= 190 for i in picked)

@@ -1,4 +1,5 @@
 """segment, detect, encode, save and load as a user calls them, with an untrained tiny model."""
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import icas
 
@@ -39,34 +41,51 @@ def same(a, b):
     assert a.labels == b.labels and a.threshold == b.threshold
 
 
-# ---- images in, results out ------------------------------------------------------------------------------------------
+def same_detection(a, b):
+    np.testing.assert_array_equal(a.map, b.map)
+    assert (a.score, a.threshold, a.is_anomalous) == (b.score, b.threshold, b.is_anomalous)
+
+
+# ---- images in, results out ----------------------------------------------------------------------
 
 
 def test_one_image_in_gives_one_result_and_a_list_gives_a_list(tiny, rng, references):
     image = picture(rng)
     one, many, none = (icas.segment(x, references, model=tiny) for x in (image, [image], []))
-    assert isinstance(one, icas.Segmentation) and [type(m) for m in many] == [icas.Segmentation] and none == []
+    assert isinstance(one, icas.Segmentation) and [type(m) for m in many] == [icas.Segmentation]
+    assert none == []
     same(one, many[0])
-    one, many = icas.detect(image, references, model=tiny), icas.detect((image,), references, model=tiny)
-    assert isinstance(one, icas.Detection) and isinstance(many, list) and many[0].score == one.score
+    one, many = (icas.detect(x, references, model=tiny) for x in (image, (image,)))
+    assert isinstance(one, icas.Detection) and isinstance(many, list)
+    same_detection(many[0], one)
 
 
-@pytest.mark.parametrize("shape", [(37, 53), (53, 37), (1, 1), (120, 3), (3, 120), (20, 60), (1, 2), (130, 200)])
+@pytest.mark.parametrize("shape", [(37, 53), (53, 37), (1, 1), (120, 3), (3, 120), (20, 60), (1, 2),
+                                   (130, 200)])
 def test_results_have_the_size_of_their_input(tiny, rng, references, shape):
     found = icas.segment(picture(rng, *shape), references, model=tiny)
-    assert found.mask.shape == found.score.shape == shape and found.label_scores.shape == (1, *shape)
+    assert found.mask.shape == found.score.shape == shape
+    assert found.label_scores.shape == (1, *shape)
     assert found.mask.dtype == bool and found.score.dtype == np.float32
     assert np.isfinite(found.score).all() and 0 <= found.score.min() and found.score.max() <= 1
     np.testing.assert_array_equal(found.mask, found.score > 0.5)
     distance = icas.detect(picture(rng, *shape), references, model=tiny)
-    assert distance.map.shape == shape and np.isfinite(distance.map).all() and 0 <= distance.score <= 4
+    assert distance.map.shape == shape and np.isfinite(distance.map).all()
+    assert distance.map.min() >= -1e-3 and np.isfinite(distance.score) and distance.score >= 0
 
 
-def test_a_long_image_is_tiled_and_a_long_reference_gives_a_shot_a_tile(tiny, rng):
-    assert len(icas.tile_boxes(20, 60)) == 1 and len(icas.tile_boxes(3, 120)) > 10
-    long = icas.encode([(picture(rng, 10, 100), blob(10, 100))], model=tiny)
-    assert len(long) == 1 and len(long.shots) == 8 * len(icas.tile_boxes(10, 100))
-    assert icas.segment(picture(rng), long, model=tiny).mask.shape == (40, 40)
+@pytest.mark.parametrize("shape", [(3, 120), (120, 3)])
+def test_a_picture_of_forty_to_one_is_one_grid_and_serves_as_a_reference(tiny, rng, shape):
+    h0, w0 = icas.token_grid(*shape, tiny.config)
+    assert max(h0, w0) > 10 * min(h0, w0) and abs(h0 * w0 - 64) < 16
+    mask = np.zeros(shape, bool)
+    mask[shape[0] // 2, shape[1] // 2] = True
+    image, long = picture(rng), icas.encode([(picture(rng, *shape), mask)], model=tiny)
+    assert len(long) == 1 and len(long.shots) == 8
+    assert {s.maps.shape[-2:] for s in long.shots} == {(h0, w0), (w0, h0)}
+    assert np.isfinite(icas.segment(image, long, model=tiny).score).all()
+    good = icas.encode(normals=[picture(rng, *shape)], model=tiny)
+    assert np.isfinite(icas.detect(image, good, model=tiny).score)
 
 
 def test_every_kind_of_picture_becomes_the_same_rgb(rng, tmp_path):
@@ -75,26 +94,39 @@ def test_every_kind_of_picture_becomes_the_same_rgb(rng, tmp_path):
     Image.fromarray(rgb).save(tmp_path / "rgb.png")
     alpha = np.dstack([rgb, np.full((5, 7), 255, np.uint8)])
     chw = torch.from_numpy(rgb).permute(2, 0, 1)
-    for same_picture in (rgb, alpha, chw, chw.float() / 255, chw.double() / 255, Image.fromarray(rgb), Image.fromarray(alpha),
-                         tmp_path / "rgb.png", str(tmp_path / "rgb.png"), rgb[::-1][::-1], np.asfortranarray(rgb)):
+    for same_picture in (rgb, alpha, chw, chw.float() / 255, chw.double() / 255,
+                         Image.fromarray(rgb), Image.fromarray(alpha), tmp_path / "rgb.png",
+                         str(tmp_path / "rgb.png"), rgb[::-1][::-1], np.asfortranarray(rgb)):
         got = icas.to_rgb(same_picture)
         assert got.dtype == torch.uint8 and got.device.type == "cpu" and got.is_contiguous()
         np.testing.assert_array_equal(got.numpy(), rgb)
-    for same_picture in (grey, grey[..., None], Image.fromarray(grey), Image.merge("LA", [Image.fromarray(grey), Image.new("L", (7, 5), 255)]),
+    opaque = Image.merge("LA", [Image.fromarray(grey), Image.new("L", (7, 5), 255)])
+    for same_picture in (grey, grey[..., None], Image.fromarray(grey), opaque,
                          np.dstack([grey] * 3)):
         np.testing.assert_array_equal(icas.to_rgb(same_picture).numpy(), np.dstack([grey] * 3))
     palette = Image.fromarray(rgb).quantize(8)
     np.testing.assert_array_equal(icas.to_rgb(palette).numpy(), np.array(palette.convert("RGB")))
     bilevel = Image.fromarray(grey > 100)
     assert bilevel.mode == "1"
-    np.testing.assert_array_equal(icas.to_rgb(bilevel).numpy(), np.dstack([(grey > 100) * np.uint8(255)] * 3))
+    expected = np.dstack([(grey > 100) * np.uint8(255)] * 3)
+    np.testing.assert_array_equal(icas.to_rgb(bilevel).numpy(), expected)
 
 
 def test_alpha_is_laid_over_white():
     red = np.array([[[200, 0, 0, 255], [200, 0, 0, 0], [200, 0, 0, 51]]], dtype=np.uint8)
-    expected = [[[200, 0, 0], [255, 255, 255], [244, 204, 204]]]              # 0.2 * 200 + 0.8 * 255 = 244
+    expected = [[[200, 0, 0], [255, 255, 255], [244, 204, 204]]]  # 0.2 * 200 + 0.8 * 255 = 244
     np.testing.assert_array_equal(icas.to_rgb(red).numpy(), expected)
     np.testing.assert_array_equal(icas.to_rgb(Image.fromarray(red)).numpy(), expected)
+    grey = Image.merge("LA", [Image.fromarray(red[..., i]) for i in (0, 3)])
+    np.testing.assert_array_equal(icas.to_rgb(grey).numpy(), [[[200] * 3, [255] * 3, [244] * 3]])
+
+
+def test_a_range_of_values_does_not_scale_alpha():
+    red = np.array([[[150, 100, 100, 255], [150, 100, 100, 0], [200, 100, 100, 51]]], np.uint8)
+    expected = [[[128, 0, 0], [255, 255, 255], [255, 204, 204]]]
+    for image in (red, Image.fromarray(red)):
+        found = icas.to_rgb(image, value_range=(100, 200)).numpy()
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_a_transparent_palette_colour_becomes_white():
@@ -107,54 +139,123 @@ def test_a_transparent_palette_colour_becomes_white():
 
 def test_sixteen_bits_need_a_range(tmp_path):
     deep = np.array([[0, 1000, 30000, 65535]], dtype=np.uint16)
-    Image.fromarray(deep).save(tmp_path / "deep.png")
-    for image in (deep, deep.astype(">u2"), tmp_path / "deep.png", Image.open(tmp_path / "deep.png")):
+    for name in ("deep.png", "deep.tif"):
+        Image.fromarray(deep).save(tmp_path / name)
+    for image in (deep, deep.astype(">u2"), tmp_path / "deep.png", tmp_path / "deep.tif",
+                  Image.open(tmp_path / "deep.png")):
         with pytest.raises(ValueError, match="value_range"):
             icas.to_rgb(image)
         got = icas.to_rgb(image, value_range=(1000, 30000)).numpy()
         np.testing.assert_array_equal(got[0, :, 0], [0, 0, 255, 255])
-    np.testing.assert_array_equal(icas.to_rgb(deep, value_range=(0, 60000)).numpy()[0, 2], [128] * 3)   # 127.5, to even
+    half = icas.to_rgb(deep, value_range=(0, 60000)).numpy()[0, 2]
+    np.testing.assert_array_equal(half, [128] * 3)  # 127.5, to even
 
 
 def test_grey_and_rgb_of_the_same_give_the_same_result(tiny, rng, references):
     grey = picture(rng)[..., 0]
-    same(icas.segment(grey, references, model=tiny), icas.segment(np.dstack([grey] * 3), references, model=tiny))
+    colours = np.dstack([grey] * 3)
+    same(*(icas.segment(x, references, model=tiny) for x in (grey, colours)))
+    same_detection(*(icas.detect(x, references, model=tiny) for x in (grey, colours)))
 
 
-# ---- segment ---------------------------------------------------------------------------------------------------------
+def turned(path: Path, array: np.ndarray, **how) -> Path:
+    """A file whose pixels lie a quarter turn off, and whose EXIF says so (orientation 6)."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned 90 degrees clockwise before it is shown
+    Image.fromarray(np.ascontiguousarray(np.rot90(array))).save(path, exif=exif, **how)
+    return path
 
 
-def test_forty_images_give_what_single_calls_give_in_any_order_and_batch(tiny, rng, references):
-    images = [picture(rng, *s) for s in [(40, 40), (30, 50), (40, 40), (12, 60), (40, 41), (50, 30), (33, 40), (40, 40)] * 5]
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp", "jpg"])
+def test_a_file_with_an_exif_orientation_is_read_upright(tmp_path, suffix):
+    grey = np.kron(np.arange(6).reshape(2, 3) * 40, np.ones((16, 16))).astype(np.uint8)
+    how = {"lossless": True} if suffix == "webp" else {"quality": 100} if suffix == "jpg" else {}
+    path = turned(tmp_path / f"turned.{suffix}", np.dstack([grey] * 3), **how)
+    for given in (path, Image.open(path)):
+        got = icas.to_rgb(given).numpy()
+        assert got.shape == (32, 48, 3)
+        assert np.abs(got[..., 0].astype(int) - grey).max() <= (2 if suffix == "jpg" else 0)
+
+
+def test_turned_files_of_picture_and_mask_give_what_upright_ones_give(tiny, rng, tmp_path):
+    image, mask, target = picture(rng, 30, 50), blob(30, 50) * np.uint8(255), picture(rng, 37, 53)
+    files = [turned(tmp_path / f"{name}.png", array)
+             for name, array in (("image", image), ("mask", mask), ("target", target))]
+    upright = icas.encode([(image, mask)], [image], model=tiny)
+    other = icas.encode([(files[0], files[1])], [files[0]], model=tiny)
+    found = icas.segment(target, upright, model=tiny)
+    same(icas.segment(files[2], other, model=tiny), found)
+    assert found.mask.shape == (37, 53)
+    same_detection(icas.detect(files[2], other, model=tiny),
+                   icas.detect(target, upright, model=tiny))
+    same(*(icas.segment(x, mask=m, model=tiny) for x, m in ((image, mask), (files[0], files[1]))))
+
+
+@pytest.mark.parametrize("kind", ["L", "1", "P", "LA", "RGB", "RGBA", "I;16"])
+def test_a_mask_file_of_any_kind_marks_what_is_not_zero(tmp_path, kind):
+    marked = blob(6, 9)
+    bright = Image.fromarray(marked * np.uint8(255))
+    images = {"L": Image.fromarray(marked * np.uint8(1)), "1": bright.convert("1"),
+              "P": Image.fromarray(marked * np.uint8(3)),
+              "LA": Image.merge("LA", [bright, Image.new("L", (9, 6), 255)]),
+              "RGB": Image.merge("RGB", [Image.new("L", (9, 6)), bright, bright]),
+              "RGBA": Image.merge("RGBA", [bright, bright, bright, Image.new("L", (9, 6), 255)]),
+              "I;16": Image.fromarray(marked * np.uint16(700))}
+    if kind == "P":  # index 0 is not black in its palette: what counts is the index
+        images["P"].putpalette([200, 10, 10, 0, 0, 0, 9, 9, 9, 0, 0, 0])
+    images[kind].save(tmp_path / "mask.png")
+    assert Image.open(tmp_path / "mask.png").mode == kind
+    np.testing.assert_array_equal(icas.to_mask(tmp_path / "mask.png", (6, 9)).numpy(), marked)
+
+
+def test_a_mask_of_one_pixel_is_a_prompt_like_any_other(tiny, rng):
+    mask = np.zeros((130, 200), bool)
+    mask[77, 31] = True
+    references = icas.encode([(picture(rng, 130, 200), mask)], model=tiny)
+    assert all(s.sides[0].max() > 0 and s.fine_sides[0].max() > 0 for s in references.shots)
+    elsewhere = icas.encode([(picture(rng, 130, 200), np.roll(mask, 60))], model=tiny)
+    image = picture(rng)
+    scores = [icas.segment(image, r, model=tiny).score for r in (references, elsewhere)]
+    assert np.isfinite(scores).all() and np.abs(scores[0] - scores[1]).max() > 1e-3
+
+
+# ---- segment -------------------------------------------------------------------------------------
+
+
+def test_a_list_of_images_gives_what_single_calls_give_in_any_order(tiny, rng, references):
+    shapes = [(40, 40), (30, 50), (40, 40), (12, 60), (40, 41), (50, 30), (33, 40), (40, 40)]
+    images = [picture(rng, *s) for s in shapes * 2]
     single = [icas.segment(x, references, model=tiny) for x in images]
-    order = rng.permutation(40)
-    for found in (icas.segment(images, references, model=tiny), icas.segment(images, references, batch_size=1, model=tiny),
-                  icas.segment(images, references, batch_size=40, model=tiny)):
-        for a, b in zip(found, single, strict=True):
-            same(a, b)
-    for a, i in zip(icas.segment([images[i] for i in order], references, batch_size=3, model=tiny), order, strict=True):
+    for a, b in zip(icas.segment(images, references, model=tiny), single, strict=True):
+        same(a, b)
+    order = rng.permutation(len(images))
+    found = icas.segment([images[i] for i in order], references, model=tiny)
+    for a, i in zip(found, order, strict=True):
         same(a, single[i])
 
 
 def test_encoded_references_equal_those_given_in_the_call(tiny, rng):
     image, shot, good = picture(rng), (picture(rng), blob()), picture(rng)
-    same(icas.segment(image, icas.encode([shot], [good], model=tiny), model=tiny),
-         icas.segment(image, anomalies=[shot], normals=[good], model=tiny))
-    same(icas.segment(image, icas.encode([shot], model=tiny), normals=[good], model=tiny),
-         icas.segment(image, anomalies=[shot], normals=[good], model=tiny))
+    given = icas.segment(image, anomalies=[shot], normals=[good], model=tiny)
+    same(icas.segment(image, icas.encode([shot], [good], model=tiny), model=tiny), given)
+    same(icas.segment(image, icas.encode([shot], model=tiny), normals=[good], model=tiny), given)
+    ready = icas.prepare(icas.encode([shot], model=tiny), model=tiny)
+    same(icas.segment(image, ready, normals=[good]), given)
+    assert len(ready.references) == 1  # what a call adds is not kept
 
 
 def test_the_order_of_shots_does_not_matter(tiny, rng):
-    shots, goods, image = [(picture(rng), blob()) for _ in range(3)], [picture(rng, 30, 50) for _ in range(2)], picture(rng)
+    shots, image = [(picture(rng), blob()) for _ in range(3)], picture(rng)
+    goods = [picture(rng, 30, 50) for _ in range(2)]
     a = icas.segment(image, anomalies=shots, normals=goods, model=tiny)
     b = icas.segment(image, anomalies=shots[::-1], normals=goods[::-1], model=tiny)
     np.testing.assert_allclose(a.score, b.score, atol=1e-4)
     one = icas.segment(image, anomalies=shots[:1], model=tiny)
-    assert np.abs(one.score - a.score).max() > 1e-4      # more shots do count
+    assert np.abs(one.score - a.score).max() > 1e-4  # more shots do count
 
 
 def test_several_labels_give_one_map_each_and_the_score_is_their_maximum(tiny, rng):
-    shots = [(picture(rng), blob(), "scratch"), (picture(rng), blob(), "crack"), (picture(rng), blob(), "scratch")]
+    shots = [(picture(rng), blob(), label) for label in ("scratch", "crack", "scratch")]
     found = icas.segment(picture(rng, 37, 53), anomalies=shots, normals=[picture(rng)], model=tiny)
     assert found.labels == ["crack", "scratch"] and found.label_scores.shape == (2, 37, 53)
     assert 0 <= found.label_scores.min() and found.label_scores.max() <= 1
@@ -170,9 +271,13 @@ def test_several_labels_give_what_each_gives_alone(tiny, rng):
         np.testing.assert_array_equal(both.label_scores[i], alone.score)
 
 
-def test_normal_references_alone_segment_what_is_not_normal(tiny, rng):
-    found = icas.segment(picture(rng), normals=[picture(rng)], model=tiny)
+def test_good_parts_alone_give_the_map_of_detect_with_a_half_at_its_threshold(tiny, rng):
+    goods, image = [picture(rng) for _ in range(2)], picture(rng)
+    found = icas.segment(image, normals=goods, model=tiny)
     assert found.labels == ["anomaly"] and found.mask.shape == (40, 40)
+    detected = icas.detect(image, normals=goods, model=tiny)
+    expected = 1 / (1 + np.exp(-4 * (detected.map / detected.threshold - 1)))
+    np.testing.assert_allclose(found.score, expected, atol=1e-5)
 
 
 def test_the_threshold_cuts_the_score(tiny, rng, references):
@@ -182,237 +287,430 @@ def test_the_threshold_cuts_the_score(tiny, rng, references):
     np.testing.assert_array_equal(low.score, high.score)
 
 
+def test_parts_are_filled_only_when_asked_for(tiny, rng):
+    shots = [(picture(rng), blob(), label) for label in ("crack", "scratch")]
+    ready = icas.prepare(icas.encode(shots, [picture(rng)], model=tiny), model=tiny)
+    image = picture(rng, 37, 53)
+    plain, full = (icas.segment(image, ready, parts=p) for p in (False, True))
+    same(plain, full)
+    assert plain.parts == {} and all(p.shape == (37, 53) for p in full.parts.values())
+    # of the first label; the matched block and the detail, not the other tapped blocks
+    first = torch.from_numpy(full.parts["icas"]).sigmoid().numpy()
+    np.testing.assert_allclose(first, full.label_scores[0], atol=1e-6)
+    assert {"block 3 nearest", "block 3 Fisher", "detail nearest", "S_s", "S_s mfm", "S_n",
+            "S_n mfm"} <= set(full.parts)
+    assert not any(name.startswith(("block 2", "block 4")) for name in full.parts)
+    plain, full = (icas.detect(image, ready, parts=p) for p in (False, True))
+    same_detection(plain, full)
+    assert plain.parts == {} and "block 3" in full.parts
+    assert any(name.startswith("detail") for name in full.parts)
+    low, high = min(full.parts.values()), max(full.parts.values())
+    assert low <= full.score <= high and low < high
+
+
 @pytest.mark.parametrize("clicks", [
-    {"points": [(20, 10)]}, {"points": np.array([[20.5, 10], [3, 30]]), "point_labels": [1, 0]}, {"boxes": [(5, 5, 20, 15)]},
-    {"boxes": [(0, 0, 53, 37)]}, {"points": [(1, 1)], "boxes": [(5, 5, 20, 15)], "mask": blob(37, 53)},
-    {"points": torch.tensor([[0.0, 0.0], [52.9, 36.9]]), "point_labels": torch.tensor([1, 1])}, {"mask": blob(37, 53)}])
+    {"points": [(20, 10)]}, {"points": np.array([[20.5, 10], [3, 30]]), "point_labels": [1, 0]},
+    {"boxes": [(5, 5, 20, 15)]}, {"boxes": [(0, 0, 53, 37)]},
+    {"points": [(1, 1)], "boxes": [(5, 5, 20, 15)], "mask": blob(37, 53)},
+    {"points": torch.tensor([[0.0, 0.0], [52.9, 36.9]]), "point_labels": torch.tensor([1, 1])},
+    {"mask": blob(37, 53)}])
 def test_clicks_boxes_and_masks_on_the_image_itself(tiny, rng, references, clicks):
     image = picture(rng, 37, 53)
-    alone, helped = icas.segment(image, model=tiny, **clicks), icas.segment(image, references, model=tiny, **clicks)
+    alone = icas.segment(image, model=tiny, **clicks)
+    helped = icas.segment(image, references, model=tiny, **clicks)
     for found in (alone, helped):
-        assert found.mask.shape == (37, 53) and found.labels == ["defect"] and np.isfinite(found.score).all()
-    assert len(references) == 2          # a click is not kept in the references that were passed
+        assert found.mask.shape == (37, 53) and found.labels == ["defect"]
+        assert np.isfinite(found.score).all()
+    assert np.abs(alone.score - helped.score).max() > 1e-4
+    assert len(references) == 2  # a click is not kept in the references that were passed
 
 
 def test_where_the_click_is_matters(tiny, rng):
     image = picture(rng)
     at = [icas.segment(image, points=[p], model=tiny).score for p in ((3, 3), (35, 35))]
     assert np.abs(at[0] - at[1]).max() > 1e-3
-    negative = icas.segment(image, points=[(3, 3), (35, 35)], point_labels=[1, 0], model=tiny).score
+    both = {"points": [(3, 3), (35, 35)], "point_labels": [1, 0]}
+    negative = icas.segment(image, model=tiny, **both).score
     assert np.abs(at[0] - negative).max() > 1e-3
 
 
 def test_clicks_are_looked_at_twice(tiny, rng, monkeypatch):
     image, clicks = picture(rng), {"points": [(8, 8), (35, 35)], "point_labels": [1, 0]}
     twice = icas.segment(image, model=tiny, **clicks).score
-    tiles, odds = icas._describe(tiny, torch.from_numpy(image)), torch.full((40, 40), -0.5)
-    odds[20:30, 5:9], odds[:4] = 1.5, -1.5                                        # sure of a defect, and of a good part
-    shot, = icas._second_look(tiles, odds, *clicks.values())
+    features, odds = icas.encode_image(image, model=tiny).features, torch.full((40, 40), -0.5)
+    odds[20:30, 5:9], odds[:4] = 1.5, -1.5  # sure of a defect, and of a good part
+    odds[33:38, 33:38] = 1.5                # over a negative click
+    sides = icas.mark_sides((40, 40), *clicks.values(), None, None)
+    shot = icas.make_shot(features, icas.join_sure(sides, odds)[:2], "defect")
     foreground, background = np.zeros((40, 40)), np.zeros((40, 40))
     y, x = np.mgrid[:40, :40]
     foreground[(x - 8) ** 2 + (y - 8) ** 2 <= (40 / 74) ** 2] = foreground[20:30, 5:9] = 1
-    background[(x - 35) ** 2 + (y - 35) ** 2 <= (40 / 74) ** 2] = background[:4] = 1
-    for found, truth in ((shot.foreground, foreground), (shot.background, background)):
-        np.testing.assert_allclose(found.numpy(), truth.reshape(8, 5, 8, 5).mean(axis=(1, 3)), atol=1e-6)
-    monkeypatch.setattr(icas, "SURE", 1e9)                                        # never sure: the second look sees what the first did
+    foreground[33:38, 33:38] = 1
+    negative = (x - 35) ** 2 + (y - 35) ** 2 <= (40 / 74) ** 2
+    foreground[negative] = 0
+    background[negative] = background[:4] = 1
+    for found, truth in zip(shot.sides, (foreground, background), strict=True):
+        expected = truth.reshape(8, 5, 8, 5).mean(axis=(1, 3))
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
+    # never sure: the second look sees what the first did
+    monkeypatch.setattr(icas, "SURE", 1e9)
     once = icas.segment(image, model=tiny, **clicks).score
-    prompt = icas._join(tiny, icas._interactive(tiles, (40, 40), *clicks.values(), None, None))
-    first = icas._log_odds(tiny, tiles[0].features, prompt, None, clicked=True)[0]
-    np.testing.assert_allclose(once, torch.nn.functional.interpolate(first[None], (40, 40), mode="bilinear")[0, 0].sigmoid(), atol=1e-4)
+    prompt = icas.pool_shots(tiny, [icas.make_shot(features, sides[:2], "defect")])
+    first = icas.score_parts(tiny, features, prompt)["icas"][None, None]
+    first = F.interpolate(first, (40, 40), mode="bilinear")[0, 0].sigmoid()
+    np.testing.assert_allclose(once, first, atol=1e-4)
     assert np.abs(once - twice).max() > 1e-4
 
 
-def test_clicks_have_fusion_weights_of_their_own(tiny, rng, references, monkeypatch):
-    image, point = picture(rng), {"points": [(8, 8)]}
-    clicked, marked = icas.segment(image, model=tiny, **point).score, icas.segment(image, references, model=tiny).score
-    monkeypatch.setitem(tiny._buffers, "fusion_clicks", tiny.fusion_clicks * 0 - 1)
-    assert np.abs(icas.segment(image, model=tiny, **point).score - clicked).max() > 1e-3
-    np.testing.assert_array_equal(icas.segment(image, references, model=tiny).score, marked)
+@pytest.mark.parametrize("labels", [[1], [1, 0]])
+@pytest.mark.parametrize("level", [-9.0, 9.0])
+def test_boxes_and_a_mask_stay_in_the_second_look_at_clicks(labels, level):
+    box, mask = [(20, 3, 30, 12)], np.zeros((40, 40), bool)
+    mask[30:36, 4:9] = True
+    points = [(8, 8), (36, 20)][:len(labels)]
+    sides = icas.mark_sides((40, 40), points, labels, box, mask)
+    found = icas.join_sure(sides, torch.full((40, 40), level))
+    inside = torch.zeros(40, 40, dtype=torch.bool)
+    inside[3:12, 20:30] = inside[30:36, 4:9] = inside[8, 8] = True
+    assert found[0][inside].all() and not found[1][inside].any()
+    if len(labels) == 2:
+        assert found[0][20, 36] == 0 and found[1][20, 36] == 1
+    assert not (found[0] * found[1]).any()
 
 
-def test_a_click_works_on_a_tiled_image(tiny, rng):
+def test_segment_looks_twice_with_its_boxes_and_mask(tiny, rng, monkeypatch):
+    shown, make = [], icas.make_shot
+    monkeypatch.setattr(icas, "make_shot", lambda features, sides, *rest: shown.append(
+        sides.clone()) or make(features, sides, *rest))
+    box, image, mask = (20, 3, 30, 12), picture(rng), np.zeros((40, 40), bool)
+    mask[30:36, 4:9] = True
+    icas.segment(image, points=[(8, 8)], boxes=[box], mask=mask, model=tiny)
+    assert len(shown) == 2
+    for sides in shown:
+        assert sides[0][3:12, 20:30].all() and sides[0][30:36, 4:9].all() and sides[0][8, 8] == 1
+    icas.segment(image, boxes=[box], mask=mask, model=tiny)
+    assert len(shown) == 3  # without clicks one look is enough
+
+
+def test_without_a_negative_click_what_is_far_is_surely_good_and_with_one_only_its_place():
+    y, x = np.mgrid[:74, :74]
+    away = (x - 20) ** 2 + (y - 30) ** 2 > 9        # a disk is of 1 / 74 of the side
+    sides = icas.mark_sides((74, 74), [(20, 30)], None, None, None).numpy()
+    foreground, background, negative = sides
+    assert foreground.sum() == 5 and foreground[30, 20] == 1 and not negative.any()
+    np.testing.assert_array_equal(background, away)
+    clicks = [(20, 30), (60, 60)], [1, 0]
+    foreground, background, negative = icas.mark_sides((74, 74), *clicks, None, None).numpy()
+    assert foreground.sum() == background.sum() == 5 and background[60, 60] == 1
+    np.testing.assert_array_equal(negative, background)
+    boxed = icas.mark_sides((74, 74), None, None, [(20, 20, 60, 40)], None).numpy()
+    assert boxed[0].sum() == 40 * 20 and boxed[0][20:40, 20:60].all()
+    assert not boxed[1][19:41, 18:62].any() and boxed[1].sum() == 74 * 74 - 22 * 44
+
+
+def test_a_click_works_on_a_long_image(tiny, rng):
     assert icas.segment(picture(rng, 6, 90), points=[(85, 3)], model=tiny).mask.shape == (6, 90)
 
 
 def test_boxes_are_the_connected_regions_largest_first(rng):
     mask = np.zeros((6, 9), bool)
-    mask[0, 0] = mask[1, 1] = True                                            # touch at a corner: one region
+    mask[0, 0] = mask[1, 1] = True  # touch at a corner: one region
     mask[3:6, 5:9] = True
     labels = rng.random((2, 6, 9)).astype(np.float32) * 0.1
     labels[1, 3:6, 5:9] += 0.5
     labels[0, :2, :2] += 0.5
     found = icas.Segmentation(mask, labels.max(axis=0), ["a", "b"], labels, 0.5).boxes()
-    assert [(r["bbox"], r["area"], r["label"]) for r in found] == [([5, 3, 4, 3], 12, "b"), ([0, 0, 2, 2], 2, "a")]
+    assert [(r["bbox"], r["area"], r["label"]) for r in found] == [
+        ([5, 3, 4, 3], 12, "b"), ([0, 0, 2, 2], 2, "a")]
     assert found[0]["score"] == pytest.approx(labels.max(axis=0)[3:6, 5:9].max())
     assert icas.Segmentation(mask & False, labels[0], ["a"], labels[:1], 0.5).boxes() == []
 
 
 def test_rle_is_what_pycocotools_reads(tiny, rng, references):
-    coco = pytest.importorskip("pycocotools.mask")
-    score = icas.segment(picture(rng, 37, 53), references, model=tiny).score
-    found = icas.segment(picture(rng, 37, 53), references, threshold=float(np.median(score)), model=tiny)
+    coco, image = pytest.importorskip("pycocotools.mask"), picture(rng, 37, 53)
+    cut = float(np.median(icas.segment(image, references, model=tiny).score))
+    found = icas.segment(image, references, threshold=cut, model=tiny)
+    assert 0 < found.mask.mean() < 1
     for mask in (found.mask, np.zeros((3, 4), bool), np.ones((3, 4), bool)):
         code = icas.Segmentation(mask, mask, ["a"], mask[None], 0.5).rle()
         np.testing.assert_array_equal(coco.decode(code), mask)
 
 
-# ---- detect ----------------------------------------------------------------------------------------------------------
+# ---- encoded once, used many times ---------------------------------------------------------------
+
+
+def test_an_encoded_image_gives_what_the_picture_gives(tiny, rng, references):
+    image = picture(rng, 37, 53)
+    seen = icas.encode_image(image, model=tiny)
+    assert seen.shape == (37, 53) and seen.kind == tiny.kind
+    for given in ({}, {"points": [(20, 10), (3, 30)], "point_labels": [1, 0]},
+                  {"boxes": [(5, 5, 20, 15)]}, {"mask": blob(37, 53)}):
+        same(*(icas.segment(x, references, model=tiny, **given) for x in (seen, image)))
+    same_detection(*(icas.detect(x, references, model=tiny) for x in (seen, image)))
+    many = icas.segment([seen, image], references, model=tiny)
+    same(*many)
+    same_detection(*icas.detect([image, seen], references, model=tiny))
+    assert isinstance(icas.segment(seen, references, model=tiny), icas.Segmentation)
+
+
+def test_prepared_references_give_what_the_references_give(tiny, rng, references):
+    images, clicks = [picture(rng), picture(rng, 30, 50)], {"points": [(20, 10)]}
+    ready = icas.prepare(references, model=tiny)
+    for _ in range(2):  # the model goes with them
+        for a, b in zip(icas.segment(images, ready), icas.segment(images, references, model=tiny)):
+            same(a, b)
+        same(icas.segment(images[0], ready, **clicks),
+             icas.segment(images[0], references, model=tiny, **clicks))
+        for a, b in zip(icas.detect(images, ready), icas.detect(images, references, model=tiny)):
+            same_detection(a, b)
+
+
+def test_references_are_pooled_once_when_prepared(tiny, rng, references, monkeypatch):
+    pooled, pool = [], icas.pool_shots
+    monkeypatch.setattr(icas, "pool_shots", lambda m, shots: pooled.append(len(shots))
+                        or pool(m, shots))
+    learned, learn = [], icas.learn_good
+    monkeypatch.setattr(icas, "learn_good", lambda m, shots: learned.append(len(shots))
+                        or learn(m, shots))
+    ready, image = icas.prepare(references, model=tiny), picture(rng)
+    assert not pooled and not learned
+    icas.segment(image, ready)
+    once = list(pooled)
+    assert once and not learned  # nothing for `detect` yet
+    icas.detect(image, ready)
+    for _ in range(2):
+        icas.segment(image, ready)
+        icas.detect(image, ready)
+    assert pooled == once and len(learned) == 1
+
+
+def test_what_another_model_encoded_is_refused(tiny, rng, references):
+    image = picture(rng)
+    seen = icas.encode_image(image, model=tiny)
+    for change in ({}, {"image_size": 98}, {"blocks": (3, 4)}, {"detail": False}):
+        other = icas.ICAS(dataclasses.replace(tiny.config, **change)).eval()
+        other.encoder_sha256 = tiny.encoder_sha256 if change else "another"
+        own = icas.encode([(image, blob())], [image], model=other)
+        for use, name in ((lambda: icas.segment(image, references, model=other), "references"),
+                          (lambda: icas.detect(image, references, model=other), "references"),
+                          (lambda: icas.prepare(references, model=other), "references"),
+                          (lambda: references + own, "references"),
+                          (lambda: icas.segment(seen, own, model=other), "images"),
+                          (lambda: icas.segment([image, seen], own, model=other), r"images\[1\]"),
+                          (lambda: icas.segment(seen, points=[(3, 3)], model=other), "images"),
+                          (lambda: icas.detect(seen, own, model=other), "images")):
+            with pytest.raises(ValueError, match=f"{name}: made with .*encode again"):
+                use()
+
+
+# ---- detect --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_detect_scores_maps_and_thresholds(tiny, rng, count):
-    goods, images = [picture(rng) for _ in range(count)], [picture(rng, 37, 53), np.full((20, 20), 255, np.uint8), picture(rng, 3, 90)]
+    goods = [picture(rng) for _ in range(count)]
+    images = [picture(rng, 37, 53), np.full((20, 20), 255, np.uint8), picture(rng, 3, 90)]
     references = icas.encode(normals=goods, model=tiny)
     found = icas.detect(images, references, model=tiny)
     assert [f.map.shape for f in found] == [(37, 53), (20, 20), (3, 90)]
-    assert len({f.threshold for f in found}) == 1                              # from the references alone
+    assert len({f.threshold for f in found}) == 1  # from the references alone
     for f in found:
-        assert type(f.score) is float and type(f.is_anomalous) is bool and f.is_anomalous == (f.score > f.threshold)
-        assert f.map.dtype == np.float32 and -0.5 * 1.5 <= f.map.min() and f.score >= 0
-    for a, b in zip(icas.detect(images[::-1], references, model=tiny)[::-1], found, strict=True):
-        assert a.score == b.score
-        np.testing.assert_array_equal(a.map, b.map)
+        assert type(f.score) is float and type(f.is_anomalous) is bool
+        assert f.is_anomalous == (f.score > f.threshold)
+        assert f.map.dtype == np.float32 and f.map.min() >= -1e-3 and f.score >= 0
+    turned_round = icas.detect(images[::-1], references, model=tiny)[::-1]
+    for a, b in zip(turned_round, found, strict=True):
+        same_detection(a, b)
     again = icas.detect(images[0], normals=goods[::-1], model=tiny)
-    assert again.score == pytest.approx(found[0].score, abs=1e-4) and again.threshold == pytest.approx(found[0].threshold, abs=1e-4)
-    strict, lax = (icas.detect(images[0], references, false_positive_rate=r, model=tiny).threshold for r in (0.001, 0.2))
+    assert again.score == pytest.approx(found[0].score, abs=1e-4)
+    assert again.threshold == pytest.approx(found[0].threshold, abs=1e-4)
+    strict, lax = (icas.detect(images[0], references, false_positive_rate=r, model=tiny).threshold
+                   for r in (0.001, 0.2))
     assert strict > found[0].threshold > lax
 
 
-def test_good_parts_of_several_tiles_have_one_score_each(tiny, rng):
+def test_each_good_part_has_one_score_and_a_single_one_stands_for_two(tiny, rng):
     goods = [picture(rng, 12, 60) for _ in range(3)]
-    references = icas.encode(normals=goods, model=tiny)
-    assert len(references.shots) > 3 * 4 and len(icas._known_good(tiny, references).scores) == icas._known_good(tiny, references).parts == 3
-    alone = icas._known_good(tiny, icas.encode(normals=goods[:1], model=tiny))
-    assert alone.parts == 1 and len(alone.scores) > 3
+    for count, scores in ((3, 3), (2, 2), (1, 2)):
+        ready = icas.prepare(icas.encode(normals=goods[:count], model=tiny), model=tiny)
+        assert len(ready.good.scores) == scores
 
 
 def test_a_reference_itself_scores_lower_than_another_picture(tiny, rng):
     good = picture(rng)
     references = icas.encode(normals=[good], model=tiny)
-    assert icas.detect(good, references, model=tiny).score < icas.detect(np.zeros((40, 40), np.uint8), references, model=tiny).score
+    own, other = (icas.detect(x, references, model=tiny)
+                  for x in (good, np.zeros((40, 40), np.uint8)))
+    assert own.score < other.score
 
 
 def test_turns_make_a_turned_part_as_near_as_the_part_itself(tiny, rng):
     good, other = picture(rng), picture(rng)
-    upright, turned = (icas.encode(normals=[good], turns=t, model=tiny) for t in (False, True))
-    assert len(turned) == len(upright) == 1 and len({s.source for s in turned.shots}) == 8 and len(upright.shots) == 1
+    upright, all_round = (icas.encode(normals=[good], turns=t, model=tiny) for t in (False, True))
+    assert len(all_round) == len(upright) == 1 and len(upright.shots) == 1
+    assert [s.turn for s in all_round.shots] == list(range(8))
+    # beside a picture of something else: each set of references has a unit of its own. The random
+    # encoder's tokens are all place; the detail's are not.
     lying = np.rot90(good)
-    near, far = (icas.detect(lying, r, model=tiny) for r in (turned, upright))
-    assert near.score < 0.8 * far.score                                         # of a turned copy every fourth token is kept
-    assert near.score < icas.detect(other, turned, model=tiny).score            # noise is off everywhere: most of that is taken away
-
-
-def test_what_is_off_everywhere_counts_less_but_a_strange_part_stays_strange():
-    distance = torch.ones(3, 8, 8) * torch.tensor([0.5, 1.2, 9.0])[:, None, None]
-    distance[:, 0, :3] += 2
-    np.testing.assert_allclose(icas.local(distance)[:, 0, 0], [0.25, 0.6, 0.75], rtol=1e-6)
-    assert (icas.top_share(distance - icas.local(distance), 0.03)).diff().min() > 0
+    near, far = (a.parts["detail"] / b.parts["detail"] for a, b in (
+        icas.detect([lying, other], r, parts=True, model=tiny) for r in (all_round, upright)))
+    assert near < 0.8 * far and near < 1
 
 
 def test_a_marked_image_is_shown_in_eight_turns_and_a_turned_one_shows_the_same(tiny, rng):
     image, mask = picture(rng), blob()
-    one, other = (icas.encode([(i, m)], [image], model=tiny) for i, m in ((image, mask), (np.rot90(image), np.rot90(mask))))
+    one, other = (icas.encode([(i, m)], [image], model=tiny)
+                  for i, m in ((image, mask), (np.rot90(image), np.rot90(mask))))
     assert len(one) == 2 and len(one.shots) == 8 + 4
     marked = [s for s in one.shots if s.label]
     for shot in marked:
-        assert any(torch.allclose(shot.maps, o.maps, atol=0.02) and torch.equal(shot.foreground, o.foreground) for o in other.shots if o.label)
+        assert any(torch.allclose(shot.maps, o.maps, atol=0.02)
+                   and torch.allclose(shot.detail, o.detail, atol=0.02)
+                   and torch.equal(shot.sides, o.sides) for o in other.shots if o.label)
     assert len({s.maps.float().sum().item() for s in marked}) == 8
     assert len(icas.encode([(image, mask)], turns=False, model=tiny).shots) == 1
     assert len(icas.encode([(image, mask)], [image], turns=True, model=tiny).shots) == 16
     many = [rng.integers(0, 256, (14, 14, 3), dtype=np.uint8) for _ in range(41)]
-    assert [len(icas.encode(normals=many[:n], model=tiny).shots) for n in (40, 41)] == [160, 41]
-    # of seven copies every marked token and a fourth of the others are kept
-    foreground, total = marked[0].foreground > 0, marked[0].foreground.numel()
-    kept = icas._join(tiny, marked).foreground.shape[1]
-    others = [int((~s.foreground.flatten().bool()).numpy()[s.turn % 4::4].sum()) for s in marked[1:]]
-    assert kept == total + 7 * int(foreground.sum()) + sum(others) < 4 * total
+    counts = [len(icas.encode(normals=many[:n], model=tiny).shots) for n in (40, 41)]
+    assert counts == [160, 41]
 
 
-def test_the_relation_net_sees_the_prompt_as_it_lies_and_the_matching_all_turns(tiny, rng):
-    image, mask, target = picture(rng), blob(), icas._describe(tiny, torch.from_numpy(picture(rng)))[0].features
-    turned, lying = (icas._log_odds(tiny, target, icas._join(tiny, icas.encode([(image, mask)], turns=t, model=tiny).shots), None)[1] for t in (None, False))
-    assert torch.equal(turned.relation, lying.relation) and torch.equal(turned.pixel, lying.pixel)
-    assert not any(torch.equal(getattr(turned, name), getattr(lying, name)) for name in ("semantic", "semantic_mfm", "margin", "prototype", "fisher"))
+def test_of_seven_copies_every_marked_token_and_a_fourth_of_the_others_are_kept(tiny, rng):
+    marked = icas.encode([(picture(rng), blob())], model=tiny).shots
+    prompt = icas.pool_shots(tiny, marked)
+    for level, sides in ((0, "sides"), (3, "fine_sides")):
+        foreground, total = getattr(marked[0], sides)[0] > 0, getattr(marked[0], sides)[0].numel()
+        others = [int((getattr(s, sides)[0].flatten() == 0)[s.turn % 4::4].sum())
+                  for s in marked[1:]]
+        kept = prompt.foreground[level].shape[1]
+        assert kept == prompt.tokens[level].shape[1] == prompt.background[level].shape[1]
+        assert kept == total + 7 * int(foreground.sum()) + sum(others) < 4 * total
+
+
+def test_every_part_sees_the_prompt_in_all_turns(tiny, rng):
+    image, mask = picture(rng), blob()
+    target = icas.encode_image(picture(rng), model=tiny)
+    turned_round, lying = (icas.segment(target, icas.encode([(image, mask)], turns=t, model=tiny),
+                                        parts=True, model=tiny).parts for t in (None, False))
+    for name in ("relation net", "S_s", "S_s mfm", "block 3 nearest", "block 3 Fisher",
+                 "detail nearest"):
+        assert not np.array_equal(turned_round[name], lying[name]), name
 
 
 def test_many_references_keep_a_bounded_number_of_tokens(tiny, rng, monkeypatch):
     goods = [picture(rng) for _ in range(6)]
     whole = icas.encode(normals=goods, turns=False, model=tiny)
-    every = icas.detect(goods[0], whole, model=tiny).score
-    monkeypatch.setattr(icas, "BANK", 6 * 20)
-    bounded = icas.encode(normals=goods, turns=False, model=tiny)
-    assert icas._join(tiny, bounded.shots).foreground.shape[1] == 6 * 20 < icas._join(tiny, bounded.shots[:1]).foreground.shape[1] * 6
-    assert icas.detect(goods[0], bounded, model=tiny).score >= every - 1e-6
+    kept = [t.shape[1] for t in icas.pool_shots(tiny, whole.shots).tokens]
+    assert kept == [64 * 6] * 3 + [196 * 6]
+
+    def far():
+        ready = icas.prepare(whole, model=tiny)
+        maps = icas.good_maps(ready, icas.encode_image(goods[0], model=tiny).features).values()
+        return [x * float(unit) for x, unit in zip(maps, ready.good.typical, strict=True)]
+    every = far()
+    monkeypatch.setattr(icas, "CAP", 6 * 20)
+    assert [t.shape[1] for t in icas.pool_shots(tiny, whole.shots).tokens] == [6 * 20] * 4
+    assert {t.shape[1] for t in icas.learn_good(tiny, whole.shots).bank} == {6 * 20}
+    for fewer, more in zip(far(), every, strict=True):  # fewer tokens can only be further away
+        assert (fewer >= more - 1e-5).all() and fewer.mean() > more.mean()
 
 
-def test_a_known_defect_raises_what_is_like_it_good_parts_and_the_threshold_too(tiny, rng):
+def test_what_is_marked_is_not_shown_to_detect(tiny, rng):
     goods, image = [picture(rng) for _ in range(3)], picture(rng)
-    without, both = (icas.encode(a, goods, model=tiny) for a in ((), [(picture(rng), blob(), "a"), (picture(rng), blob(), "b")]))
-    plain, known = (icas.detect(image, r, model=tiny) for r in (without, both))
-    assert (known.map >= plain.map - 1e-5).all() and known.score > plain.score
-    before, after = (np.array(icas._known_good(tiny, r).scores) for r in (without, both))
-    assert (after > before).all() and known.threshold > plain.threshold
+    marked = [(picture(rng), blob(), "a"), (image, blob(), "b")]
+    same_detection(*(icas.detect(image, icas.encode(a, goods, model=tiny), model=tiny)
+                     for a in ((), marked)))
 
 
-def test_seen_before_is_the_largest_mask_level_match_of_any_label(tiny, rng):
-    references = icas.encode([(picture(rng), blob(), "a"), (picture(rng), blob(), "b")], [picture(rng)], model=tiny)
-    (_, features), = icas._describe(tiny, torch.from_numpy(picture(rng)))
-    prompts = icas._known_good(tiny, references).defects
-    single = [F.avg_pool2d(icas._log_odds(tiny, features, p, None)[1].semantic_mfm, 4) for p in prompts.values()]
-    assert sorted(prompts) == ["a", "b"]
-    torch.testing.assert_close(icas.seen_before(tiny, features, prompts), torch.maximum(*single))
-    assert not icas.seen_before(tiny, features, {}).any()
+# ---- without the detail, without a decoder ------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [1, 2, 10])
-def test_a_good_part_is_left_out_of_the_prompt_that_its_own_score_is_raised_by(tiny, rng, monkeypatch, count):
-    references, asked = icas.encode([(picture(rng), blob())], [picture(rng) for _ in range(count)], model=tiny), []
-    joined = icas._marked_prompts
-    monkeypatch.setattr(icas, "_marked_prompts", lambda m, r, without=frozenset(): asked.append(set(without)) or joined(m, r, without))
-    images = {s.image for s in references.normals}
-    assert len(icas._known_good(tiny, references).scores) == (count if count > 1 else 4)
-    assert asked.pop() == set() and len(asked) == min(count, 8) and set.union(*asked) == images and sum(map(len, asked)) == len(images)
+def test_without_detail_everything_goes_by_the_encoder_alone(rng, tmp_path, monkeypatch):
+    monkeypatch.setattr(icas, "Detail", None)  # it is not even made
+    torch.manual_seed(0)
+    model = icas.ICAS(icas.Config(**TINY | {"detail": False})).eval().requires_grad_(False)
+    assert model.detail is None and "no detail" in model.kind
+    image, shot, good = picture(rng, 37, 53), (picture(rng), blob()), picture(rng)
+    seen = icas.encode_image(image, model=model)
+    assert seen.features.detail is None
+    references = icas.encode([shot], [good], model=model)
+    references.save(tmp_path / "r.safetensors")
+    loaded = icas.References.load(tmp_path / "r.safetensors")
+    assert loaded.kind == references.kind and len(loaded) == 2
+    found = icas.segment(seen, references, parts=True, model=model)
+    np.testing.assert_allclose(icas.segment(image, loaded, model=model).score, found.score,
+                               atol=2e-3)  # another memory layout moves the last bits
+    assert not any("detail" in name for name in found.parts)
+    for clicks in ({"points": [(20, 10)]}, {"boxes": [(5, 5, 20, 15)]}):
+        assert np.isfinite(icas.segment(seen, references, model=model, **clicks).score).all()
+    detected = icas.detect(image, loaded, parts=True, model=model)
+    assert detected.parts == {"block 3": detected.score}
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+def test_without_detail_a_checkpoint_needs_no_detail_file(rng, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = icas.ICAS(icas.Config(**TINY | {"detail": False})).eval().requires_grad_(False)
+    save_file(model.encoder.state_dict(), tmp_path / "encoder.safetensors")
+    model.encoder_sha256 = icas.sha256(tmp_path / "encoder.safetensors")
+    icas.save(model, tmp_path / "icas.safetensors")
+    monkeypatch.setattr(icas, "DETAIL", "no such file")
+    loaded = icas.load(tmp_path / "icas.safetensors", device="cpu")
+    assert loaded.config == model.config and loaded.detail is None
+    image, shot = picture(rng), (picture(rng), blob())
+    a, b = (icas.segment(image, anomalies=[shot], model=m).score for m in (model, loaded))
+    np.testing.assert_allclose(a, b, atol=0.02)  # the trained part is stored in fp16
+
+
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def test_references_survive_a_file_and_a_sum(tiny, rng, tmp_path):
-    image, shots, good = picture(rng), [(picture(rng), blob(), "scratch"), (picture(rng, 30, 50), blob(30, 50), "défaut")], picture(rng)
+    image, good = picture(rng), picture(rng)
+    shots = [(picture(rng), blob(), "scratch"), (picture(rng, 30, 50), blob(30, 50), "défaut")]
     whole = icas.encode(shots, [good], model=tiny)
     whole.save(tmp_path / "r.safetensors")
     loaded = icas.References.load(tmp_path / "r.safetensors")
-    assert len(loaded) == 3 and loaded.labels == ["défaut", "scratch"] and loaded.blocks == (2, 3, 4)
-    assert [p.name for p in tmp_path.iterdir()] == ["r.safetensors"]           # no half-written file beside it
-    total = icas.References() + icas.encode(shots[:1], model=tiny) + icas.encode(shots[1:], [good], model=tiny)
+    assert len(loaded) == 3 and loaded.labels == ["défaut", "scratch"]
+    assert loaded.kind == whole.kind == tiny.kind
+    assert [p.name for p in tmp_path.iterdir()] == ["r.safetensors"]  # no half-written file
+    total = icas.References() + icas.encode(shots[:1], model=tiny)
+    total = total + icas.encode(shots[1:], [good], model=tiny) + icas.References()
     expected = icas.segment(image, whole, model=tiny)
     for other in (loaded, total):
-        np.testing.assert_allclose(icas.segment(image, other, model=tiny).score, expected.score, atol=2e-3)   # another memory layout moves the last bits
+        found = icas.segment(image, other, model=tiny).score
+        np.testing.assert_allclose(found, expected.score, atol=2e-3)  # another memory layout
     for a, b in zip(loaded.shots, whole.shots, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a[:4], b[:4], strict=True)) and a.label == b.label
-    assert icas.detect(image, loaded, model=tiny).score == pytest.approx(icas.detect(image, whole, model=tiny).score, abs=2e-3)
+        for x, y in zip(a, b, strict=True):
+            assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+    again = icas.detect(image, loaded, model=tiny).score
+    assert again == pytest.approx(icas.detect(image, whole, model=tiny).score, abs=2e-3)
 
 
-def test_references_of_another_encoder_are_refused(tiny, rng, references):
-    for other in (icas.References(references.shots, "another", references.blocks), icas.References(references.shots, "tiny", (1, 4))):
-        for use in (lambda r: icas.segment(picture(rng), r, model=tiny), lambda r: icas.detect(picture(rng), r, model=tiny),
-                    lambda r: references + r):
-            with pytest.raises(ValueError, match="references: .*encode"):
-                use(other)
+def test_references_of_another_kind_are_refused(tiny, rng, references):
+    other = icas.References(references.shots, "another")
+    for use in (lambda r: icas.segment(picture(rng), r, model=tiny),
+                lambda r: icas.detect(picture(rng), r, model=tiny),
+                lambda r: icas.prepare(r, model=tiny),
+                lambda r: references + r, lambda r: r + references):
+        with pytest.raises(ValueError, match="references: .*encode"):
+            use(other)
 
 
 def test_a_checkpoint_finds_its_encoder_by_hash_and_gives_the_same(tiny, rng, checkpoint):
     save_file({"x": torch.zeros(1)}, checkpoint.with_name("a_foreign.safetensors"))
-    shutil.copy(checkpoint.with_name("encoder.safetensors"), checkpoint.with_name("z.safetensors"))
-    checkpoint.with_name("encoder.safetensors").unlink()
+    encoder, moved = (checkpoint.with_name(f"{n}.safetensors") for n in ("encoder", "z"))
+    shutil.move(encoder, moved)
     model = icas.load(checkpoint, device="cpu")
-    assert not model.training and model.config == tiny.config and not any(p.requires_grad for p in model.parameters())
+    assert not model.training and model.config == tiny.config
+    assert not any(p.requires_grad for p in model.parameters())
     image, shot, good = picture(rng), (picture(rng), blob()), picture(rng)
-    a, b = (icas.segment(image, anomalies=[shot], normals=[good], model=m).score for m in (tiny, model))
-    np.testing.assert_allclose(a, b, atol=0.02)                                # the trained part is stored in fp16
-    icas.save(model, checkpoint.with_name("again.safetensors"))
-    again = icas.load(str(checkpoint.with_name("again.safetensors")), encoder=checkpoint.with_name("z.safetensors"), device="cpu")
-    same(icas.segment(image, anomalies=[shot], model=model), icas.segment(image, anomalies=[shot], model=again))
+    a, b = (icas.segment(image, anomalies=[shot], normals=[good], model=m).score
+            for m in (tiny, model))
+    np.testing.assert_allclose(a, b, atol=0.02)  # the trained part is stored in fp16
+    again = checkpoint.with_name("again.safetensors")
+    icas.save(model, again)
+    model_again = icas.load(str(again), encoder=moved, device="cpu")
+    same(*(icas.segment(image, anomalies=[shot], model=m) for m in (model, model_again)))
 
 
 def test_an_encoder_of_another_hash_is_refused(tiny, checkpoint):
@@ -425,10 +723,30 @@ def test_an_encoder_of_another_hash_is_refused(tiny, checkpoint):
         icas.load(checkpoint)
 
 
+@pytest.mark.parametrize("name, fragment", [
+    ("tiny", "is not a whole safetensors file"), ("encoder", "encoder: no file with SHA-256"),
+    ("detail", "detail.safetensors' is not a whole safetensors file")])
+def test_half_a_file_of_a_model_is_refused_by_name(checkpoint, name, fragment):
+    path = checkpoint.with_name(f"{name}.safetensors")
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    with pytest.raises((ValueError, FileNotFoundError), match=fragment):
+        icas.load(checkpoint, device="cpu")
+
+
+def test_a_detail_file_of_another_net_is_refused_by_name(checkpoint):
+    path = checkpoint.with_name("detail.safetensors")
+    save_file({k: v for k, v in load_file(path).items() if "blocks.3." not in k}, path)
+    with pytest.raises(ValueError, match="detail.safetensors: weights do not fit; missing"):
+        icas.load(checkpoint, device="cpu")
+
+
+@pytest.mark.skipif(not (HOME / "checkpoints" / icas.CHECKPOINT).is_file(),
+                    reason="no checkpoints/ beside icas.py")
 def test_a_checkpoint_alone_in_its_folder_finds_the_shipped_encoder(tmp_path):
-    """What `train.py --init OUT/last.safetensors` and `evaluate.py --model` need: a run's folder holds no encoder."""
+    """What `train.py --init OUT/last.safetensors` and `evaluate.py --model` need."""
     shutil.copy(HOME / "checkpoints" / icas.CHECKPOINT, tmp_path / "last.safetensors")
-    assert icas.load(tmp_path / "last.safetensors").encoder_sha256 == icas.load(icas._shipped_path()).encoder_sha256
+    shipped = icas.load(icas.shipped_path()).encoder_sha256
+    assert icas.load(tmp_path / "last.safetensors").encoder_sha256 == shipped
 
 
 def test_the_file_works_when_copied_under_another_name(tiny, rng, checkpoint, tmp_path):
@@ -436,14 +754,18 @@ def test_the_file_works_when_copied_under_another_name(tiny, rng, checkpoint, tm
     image, shot = picture(rng), picture(rng)
     np.savez(tmp_path / "in.npz", image=image, shot=shot, mask=blob())
     (tmp_path / "use.py").write_text(
-        "import sys, numpy, torch\ntorch.set_num_threads(1)\nimport other_name as m\nassert 'icas' not in sys.modules\n"
-        "m.ENCODERS['tiny14'] = (48, 4, 3)\ngiven = numpy.load('in.npz')\n"
+        "import sys, numpy, torch\ntorch.set_num_threads(1)\nimport other_name as m\n"
+        "assert 'icas' not in sys.modules\nm.ENCODERS['tiny14'] = (48, 4, 3)\n"
+        f"m.DETAIL = {icas.DETAIL!r}\ngiven = numpy.load('in.npz')\n"
         f"model = m.load({str(checkpoint)!r}, device='cpu')\n"
-        "numpy.save('out.npy', m.segment(given['image'], anomalies=[(given['shot'], given['mask'])], model=model).score)\n")
+        "found = m.segment(given['image'], anomalies=[(given['shot'], given['mask'])], "
+        "model=model)\nnumpy.save('out.npy', found.score)\n")
     environment = {k: v for k, v in ENV.items() if k != "PYTHONPATH"}
-    run = subprocess.run([sys.executable, "use.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "use.py"], cwd=tmp_path, env=environment,
+                         capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout == "", run.stderr
-    expected = icas.segment(image, anomalies=[(shot, blob())], model=icas.load(checkpoint, device="cpu"))
+    expected = icas.segment(image, anomalies=[(shot, blob())],
+                            model=icas.load(checkpoint, device="cpu"))
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected.score, atol=1e-5)
 
 
@@ -452,23 +774,27 @@ def test_importing_does_nothing():
 import sys, torch, numpy, scipy.optimize, safetensors.torch, einops
 before = set(sys.modules)
 torch.manual_seed(3); numpy.random.seed(3)
-states = torch.get_rng_state(), numpy.random.get_state()[1].copy(), torch.get_default_dtype(), torch.is_grad_enabled()
+def states():
+    return (torch.get_rng_state().tolist(), numpy.random.get_state()[1].tolist(),
+            torch.get_default_dtype(), torch.is_grad_enabled())
+old = states()
 import icas
-assert torch.equal(states[0], torch.get_rng_state()) and (states[1] == numpy.random.get_state()[1]).all()
-assert states[2:] == (torch.get_default_dtype(), torch.is_grad_enabled())
+assert states() == old
 new = {m.split('.')[0] for m in set(sys.modules) - before}
-assert not new & {'PIL', 'tqdm', 'pycocotools', 'sklearn', 'transformers', 'kornia', 'matplotlib', 'argparse', 'elpv_dataset'}, new
+assert not new & {'PIL', 'tqdm', 'pycocotools', 'sklearn', 'transformers', 'kornia', 'matplotlib',
+                  'argparse', 'elpv_dataset'}, new
 """
     run = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
 def test_compiled_gives_what_eager_gives(rng, checkpoint, monkeypatch):
-    # the graphs that Dynamo captures, without inductor's C++ code for them: that takes a minute to build
+    # the graphs that Dynamo captures, without inductor's C++ code for them, a minute to build
     plain = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: plain(self, backend="eager"))
-    eager, compiled = icas.load(checkpoint, device="cpu"), icas.load(checkpoint, device="cpu", compile=True)
-    assert eager.encoder._compiled_call_impl is None and compiled.encoder._compiled_call_impl and compiled.decoder._compiled_call_impl
+    eager, compiled = (icas.load(checkpoint, device="cpu", compile=c) for c in (False, True))
+    assert eager.encoder._compiled_call_impl is None
+    assert compiled.encoder._compiled_call_impl and compiled.decoder._compiled_call_impl
     image, shots = picture(rng), {"anomalies": [(picture(rng), blob())]}
-    got = icas.segment(image, model=compiled, **shots).score
-    np.testing.assert_allclose(got, icas.segment(image, model=eager, **shots).score, atol=1e-4)
+    got, expected = (icas.segment(image, model=m, **shots).score for m in (compiled, eager))
+    np.testing.assert_allclose(got, expected, atol=1e-4)

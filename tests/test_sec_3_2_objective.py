@@ -4,9 +4,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
+from test_sec_3_1_framework import pairs
 
 import icas
-from test_sec_3_1_framework import pairs
 
 sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
 
@@ -27,9 +28,11 @@ def test_matching_equals_brute_force_over_permutations(rng, k, n):
     classes, truths = rng.integers(0, 2, n), (rng.random((n, 20)) > 0.5).astype(float)
     cost = cost_of(probs, logits, classes, truths)
     if k >= n:
-        best = min(sum(cost[q, j] for j, q in enumerate(p)) for p in itertools.permutations(range(k), n))
+        best = min(sum(cost[q, j] for j, q in enumerate(p))
+                   for p in itertools.permutations(range(k), n))
     else:
-        best = min(sum(cost[i, t] for i, t in enumerate(p)) for p in itertools.permutations(range(n), k))
+        best = min(sum(cost[i, t] for i, t in enumerate(p))
+                   for p in itertools.permutations(range(n), k))
     rows, columns = icas.match(*map(torch.from_numpy, (probs, logits, classes, truths)))
     assert len(rows) == min(k, n)
     assert cost[rows.numpy(), columns.numpy()].sum() == pytest.approx(best, rel=1e-9)
@@ -40,13 +43,13 @@ def test_mask_loss_is_five_bce_and_five_dice(rng):
     m = sigmoid(logits)
     bce = -(truths * np.log(m) + (1 - truths) * np.log(1 - m)).mean(axis=1)
     dice = 1 - (2 * (m * truths).sum(axis=1) + 1) / (m.sum(axis=1) + truths.sum(axis=1) + 1)
-    np.testing.assert_allclose(icas.mask_loss(torch.from_numpy(logits), torch.from_numpy(truths)).numpy(), 5 * bce + 5 * dice, rtol=1e-12)
+    got = icas.mask_loss(torch.from_numpy(logits), torch.from_numpy(truths)).numpy()
+    np.testing.assert_allclose(got, 5 * bce + 5 * dice, rtol=1e-12)
 
 
-def fresh(seed=0):
+def fresh(seed=0, **change):
     torch.manual_seed(seed)
-    return icas.ICAS(icas.Config(encoder="tiny14", image_size=112, blocks=(2, 3, 4), debias=4, queries=12, dim=32, heads=4, layers=2, ffn_dim=64,
-                                 pixel_dim=16, relation_dim=16))
+    return icas.ICAS(icas.Config(**TINY | change))
 
 
 def test_fit_lowers_the_loss_and_the_same_seed_gives_the_same_weights():
@@ -54,7 +57,8 @@ def test_fit_lowers_the_loss_and_the_same_seed_gives_the_same_weights():
     for _ in range(2):
         model, losses = fresh(), []
         batch = pairs(model)
-        icas.fit(model, lambda step: batch, steps=25, lr=2e-3, warmup=5, callback=lambda step, parts, o: losses.append(parts["loss"]))
+        icas.fit(model, lambda step: batch, steps=25, lr=2e-3, warmup=5,
+                 callback=lambda step, parts, o: losses.append(parts["loss"]))
         assert losses[-1] < 0.8 * losses[0] and not model.training
         ends.append(model.decoder.state_dict())
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
@@ -65,28 +69,40 @@ def test_a_resumed_fit_ends_where_an_unbroken_one_does():
     batches = lambda step: pairs(whole, seed=step)  # noqa: E731
     icas.fit(whole, batches, steps=6, warmup=2)
     optimizer = icas.make_optimizer(parts.decoder, 1e-4, 0.05)
-    icas.fit(parts, batches, steps=6, warmup=2, optimizer=optimizer, callback=lambda step, *_: step == 2)
+    icas.fit(parts, batches, steps=6, warmup=2, optimizer=optimizer,
+             callback=lambda step, *_: step == 2)
     icas.fit(parts, batches, steps=6, warmup=2, optimizer=optimizer, start=3)
-    assert all(torch.equal(a, b) for a, b in zip(whole.decoder.state_dict().values(), parts.decoder.state_dict().values()))
+    ends = [model.decoder.state_dict().values() for model in (whole, parts)]
+    assert all(torch.equal(a, b) for a, b in zip(*ends))
+
+
+def test_fit_leaves_both_frozen_encoders_as_they_are():
+    model = fresh()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    icas.fit(model, lambda step: pairs(model), steps=2, lr=1e-2, warmup=1)
+    changed = {k.split(".")[0] for k, v in model.state_dict().items()
+               if not torch.equal(v, before[k])}
+    assert changed == {"decoder"}
 
 
 def test_normal_references_and_targets_without_a_defect_have_a_finite_loss():
     model = fresh()
     batch = pairs(model)
-    rest = [icas.Truths(torch.ones(1, 32, 32), torch.tensor([1]))] * 2
-    for changed in (batch._replace(foreground=batch.foreground * 0, background=torch.ones(2, 1, 8, 8)), batch._replace(truths=rest)):
-        assert torch.isfinite(sum(icas.pair_loss(model, changed, torch.Generator().manual_seed(0)).values()))
+    good = batch._replace(foreground=batch.foreground * 0, background=torch.ones(2, 1, 8, 8))
+    rest = batch._replace(truths=[icas.Truths(torch.ones(1, 32, 32), torch.tensor([1]))] * 2)
+    for changed in (good, rest):
+        parts = icas.pair_loss(model, changed, torch.Generator().manual_seed(0))
+        assert torch.isfinite(sum(parts.values()))
 
 
 @pytest.mark.parametrize("part", ["loss", "gradient"])
 def test_fit_stops_before_a_step_that_would_spoil_the_weights(part):
     model = fresh()
     weight, before = model.decoder.class_scale, model.decoder.class_scale.clone()
+    batch = pairs(model)
     if part == "loss":
-        batch = pairs(model)
         batch = batch._replace(target=batch.target._replace(small=batch.target.small * torch.nan))
     else:
-        batch = pairs(model)
         weight.requires_grad_(True).register_hook(lambda gradient: gradient * torch.nan)
     with pytest.raises(ValueError, match="fit: .* finite|fit: .*gradient nan"):
         icas.fit(model, lambda step: batch, steps=1)
@@ -94,15 +110,14 @@ def test_fit_stops_before_a_step_that_would_spoil_the_weights(part):
 
 
 def test_references_are_prepared_again_after_training():
-    from test_sec_3_1_framework import pairs
-    torch.manual_seed(0)
-    model = icas.ICAS(icas.Config(encoder="tiny14", image_size=112, blocks=(3, 4), debias=0, queries=8, dim=32, heads=4, layers=1, ffn_dim=32,
-                                  pixel_dim=8, relation_dim=8)).eval()
+    model = fresh(blocks=(3, 4), matched=(), debias=0, queries=8, layers=1, ffn_dim=32,
+                  pixel_dim=8, relation_dim=8).eval()
     image, mask = np.zeros((40, 40, 3), np.uint8), np.zeros((40, 40), bool)
     image[10:20, 10:20], mask[10:20, 10:20] = 200, True
     kept = icas.encode([(image, mask)], model=model)
     before = icas.segment(image, kept, model=model).score
     icas.fit(model, lambda step: pairs(model), steps=3, lr=1e-2, warmup=1)
     after = icas.segment(image, kept, model=model).score
-    np.testing.assert_array_equal(after, icas.segment(image, icas.encode([(image, mask)], model=model), model=model).score)
+    again = icas.segment(image, icas.encode([(image, mask)], model=model), model=model).score
+    np.testing.assert_array_equal(after, again)
     assert np.abs(after - before).max() > 1e-3

@@ -1,6 +1,7 @@
 """The shipped checkpoint and the README, as a user meets them."""
 import json
 import shlex
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 import icas
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(not (ROOT / "checkpoints" / icas.CHECKPOINT).is_file(), reason="no checkpoints/ beside the tests")
+ENCODER = ROOT / "checkpoints" / "vits14-saliency.safetensors"
+pytestmark = pytest.mark.skipif(not (ROOT / "checkpoints" / icas.CHECKPOINT).is_file(),
+                                reason="no checkpoints/ beside the tests")
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +34,8 @@ def folder(tmp_path, cells, prompt_mask, monkeypatch):
     """The files that the README's examples name."""
     from PIL import Image
     monkeypatch.chdir(tmp_path)
-    names = {"scratched": icas.DEMO_PROMPT[0], "part_1": 6, "part_2": 368, "good_1": 3, "good_2": 8, "parts/a": 6, "parts/b": 368,
-             "good/a": 3, "good/b": 8}
+    names = {"scratched": icas.DEMO_PROMPT[0], "part": 6, "part_1": 6, "part_2": 368, "good_1": 3,
+             "good_2": 8, "parts/a": 6, "parts/b": 368, "good/a": 3, "good/b": 8}
     for name, index in names.items():
         Path(f"{name}.png").parent.mkdir(exist_ok=True)
         Image.fromarray(cells[index]).save(f"{name}.png")
@@ -43,7 +46,8 @@ def folder(tmp_path, cells, prompt_mask, monkeypatch):
 def readme_blocks(language: str) -> list[str]:
     """Fenced blocks of the README whose opening fence names `language`."""
     fenced = (ROOT / "README.md").read_text(encoding="utf-8").split("```")[1::2]
-    return [text for name, _, text in (block.partition("\n") for block in fenced) if name == language]
+    parts = (block.partition("\n") for block in fenced)
+    return [text for name, _, text in parts if name == language]
 
 
 def test_one_outlined_dark_area_marks_the_dark_area_of_another_cell(cells, prompt_mask):
@@ -64,17 +68,26 @@ def test_a_click_marks_the_area_under_it(cells):
 
 
 def test_the_encoder_that_ships_is_the_one_of_the_record():
-    path = ROOT / "checkpoints" / "dinov2-vits14.safetensors"
-    assert icas._sha256(path) == icas.load(ROOT / "checkpoints" / icas.CHECKPOINT).encoder_sha256
-    assert (ROOT / "checkpoints" / icas.CHECKPOINT).stat().st_size < 36e6
+    found = "52cc6ece26324d17d7af1c45ef24cf942ae33d6acff53dac0bf870ddef203dc2"
+    assert icas.sha256(ENCODER) == found == icas.load(icas.shipped_path()).encoder_sha256
+    assert icas.shipped_path().stat().st_size < 36e6
+
+
+def test_naming_the_encoder_that_ships_brings_the_decoder_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = icas.load(encoder=ENCODER)
+    assert model.decoder is not None and model.config == icas.load().config
 
 
 def test_bf16_masks_differ_from_float32_in_few_pixels(cells, prompt_mask, monkeypatch):
-    shot = [(cells[icas.DEMO_PROMPT[0]], prompt_mask)]
-    fast = icas.segment(cells[6], anomalies=shot).mask
-    monkeypatch.setattr(icas, "fast_bf16", lambda device: False)
-    exact = icas.segment(cells[6], anomalies=shot, model=icas.load()).mask
-    assert (fast != exact).mean() < 0.02
+    shot, masks = [(cells[icas.DEMO_PROMPT[0]], prompt_mask)], []
+    for fast in (True, False):  # each with bases of its own
+        monkeypatch.setattr(icas, "fast_bf16", lambda device: fast)  # noqa: B023
+        model = icas.load()
+        prompt = icas.encode(shot, turns=False, model=model)
+        masks.append(icas.segment(cells[6], prompt, model=model).mask)
+    assert masks[0].any() and (masks[0] != masks[1]).mean() < 0.02
 
 
 @pytest.mark.parametrize("block", readme_blocks("python"))
@@ -84,7 +97,8 @@ def test_the_readme_s_python_runs_as_printed(block, folder, capsys):
 
 
 def test_the_readme_s_commands_run_as_printed(folder):
-    commands = [line.split("#")[0] for block in readme_blocks("") for line in block.splitlines() if line.startswith("icas ")]
+    lines = [line for block in readme_blocks("") for line in block.splitlines()]
+    commands = [line.split("#")[0] for line in lines if line.startswith("icas ")]
     assert len(commands) >= 3
     for command in commands:
         assert icas.main(shlex.split(command)[1:]) == 0, command
@@ -107,16 +121,21 @@ def test_training_and_evaluation_run_from_a_manifest(tmp_path, cells, prompt_mas
     records = []
     for i in range(4):
         Image.fromarray(np.roll(cells[icas.DEMO_PROMPT[0]], 9 * i, axis=1)).save(data / f"{i}.png")
-        Image.fromarray(np.roll(prompt_mask, 9 * i, axis=1).astype(np.uint8)).save(data / "masks" / f"{i}.png")
-        records.append({"image": f"{i}.png", "mask": f"masks/{i}.png", "labels": {"1": "dark"}, "split": "train", "group": str(i)})
+        mask = np.roll(prompt_mask, 9 * i, axis=1).astype(np.uint8)
+        Image.fromarray(mask).save(data / "masks" / f"{i}.png")
+        records.append({"image": f"{i}.png", "mask": f"masks/{i}.png", "labels": {"1": "dark"},
+                        "split": "train", "group": str(i)})
     (data / "manifest.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     out = tmp_path / "run"
-    assert train.main(["--stage", "anomaly", "--data", str(data), "--out", str(out), "--steps", "2", "--batch-size", "2", "--image-size", "112",
-                       "--queries", "8", "--dim", "32", "--layers", "1", "--ffn-dim", "32", "--pixel-dim", "8", "--synthetic", "3",
-                       "--encoder", str(ROOT / "checkpoints" / "dinov2-vits14.safetensors")]) == 0
-    trained = icas.load(out / "last.safetensors", encoder=ROOT / "checkpoints" / "dinov2-vits14.safetensors")
+    shape = ["--image-size", "112", "--queries", "8", "--dim", "32", "--layers", "1", "--ffn-dim",
+             "32", "--pixel-dim", "8"]
+    assert train.main(["--stage", "anomaly", "--data", str(data), "--out", str(out), "--steps", "2",
+                       "--batch-size", "2", "--synthetic", "3", "--encoder", str(ENCODER),
+                       *shape]) == 0
+    trained = icas.load(out / "last.safetensors", encoder=ENCODER)
     assert trained.config.dim == 32
-    assert evaluate.main(["--task", "semantic", "--data", str(data), "--seeds", "1", "--out", str(tmp_path / "eval")]) == 0
+    assert evaluate.main(["--task", "semantic", "--data", str(data), "--seeds", "1", "--out",
+                          str(tmp_path / "eval")]) == 0
     result = json.loads((tmp_path / "eval" / "results.json").read_text())
     assert result["mean_iou"] > 50 and {"nearest patch", "prototype"} < set(result["baselines"])
     for episode in result["episodes"]["cells"]:

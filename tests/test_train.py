@@ -1,6 +1,8 @@
-"""train.py: pairs, caches, ranks, accumulation, resuming. `python tests/test_train.py 20` kills a training twenty times.
+"""train.py: pairs, caches, ranks, accumulation, resuming. `python tests/test_train.py 20` kills a
+training twenty times.
 
-Trainings that are killed, or that talk to each other, run in processes forked from a server that has torch loaded: a start takes no time.
+Trainings that are killed, or that talk to each other, run in processes forked from a server that
+has torch loaded: a start takes no time.
 """
 import hashlib
 import json
@@ -16,16 +18,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, HOME := str(Path(__file__).parents[1]))   # as a script, without installing
 import icas  # noqa: E402
 import train  # noqa: E402
+from data_prep import views  # noqa: E402
 from data_prep.augment import augment  # noqa: E402
 
 icas.ENCODERS["tiny14"] = (48, 4, 3)
-SHAPE = ["--encoder-name", "tiny14", "--image-size", "112", "--blocks", "2", "3", "4", "--queries", "12", "--dim", "32", "--layers", "1",
-         "--ffn-dim", "32", "--pixel-dim", "8", "--batch-size", "4", "--log-every", "2", "--device", "cpu", "--workers", "2"]
+SHAPE = ["--image-size", "112", "--blocks", "2", "3", "4", "--queries", "12", "--dim", "32",
+         "--layers", "1", "--ffn-dim", "32", "--pixel-dim", "8", "--batch-size", "4",
+         "--log-every", "2", "--device", "cpu", "--workers", "2"]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["train"])
 
@@ -35,7 +40,8 @@ def make_data(folder: Path, count: int = 6, name: str = "spots", **more) -> Path
     rng, lines = np.random.default_rng(0), []
     (folder / name / "masks").mkdir(parents=True)
     for i in range(count + 2):
-        image, mask = rng.integers(90, 140, (80, 90, 3), dtype=np.uint8), np.zeros((80, 90), np.uint8)
+        image = rng.integers(90, 140, (80, 90, 3), dtype=np.uint8)
+        mask = np.zeros((80, 90), np.uint8)
         line = {"image": f"{i}.png", "labels": {}, "split": "train", "group": str(i)} | more
         if i < count:
             y, x = rng.integers(5, 60, 2)
@@ -55,12 +61,12 @@ def make_home(folder: Path) -> None:
 
 
 def arguments(folder: Path, out: Path, *more) -> list[str]:
-    return ["--stage", "anomaly", "--data", str(folder / "spots"), "--encoder", str(folder / "encoder.safetensors"), "--out",
-            str(out), *SHAPE, *map(str, more)]
+    return ["--stage", "anomaly", "--data", str(folder / "spots"), "--encoder",
+            str(folder / "encoder.safetensors"), "--out", str(out), *SHAPE, *map(str, more)]
 
 
 def prepared(folder: Path, *more) -> train.Run:
-    return train.prepare(train.parser().parse_args(arguments(folder, folder / "out", *more)))
+    return train.Run(train.parser().parse_args(arguments(folder, folder / "out", *more)))
 
 
 @pytest.fixture
@@ -108,15 +114,20 @@ def fingerprint(out: Path) -> str:
 
 
 def kill_until_done(home: Path, out: Path, kills: int, longest: float, *more) -> tuple[int, int]:
-    """Start, kill -9 at a random moment, `kills` times; then let it end. Returns how many were killed, and how many resumed."""
+    """Start, kill -9 at a random moment, `kills` times; then let it end. Returns how many were
+    killed, and how many resumed."""
     killed, resumed, rng, log = 0, 0, random.Random(0), home / "killed.log"
     while not (out / "last.safetensors").is_file():
+        log.write_text("")
         process = start(train.main, log, arguments(home, out, *more))
         if killed < kills:
             began, state = time.time(), out / "state.pt"
             before = state.stat().st_mtime_ns if state.is_file() else 0
-            while killed and time.time() - began < 20 and not (state.is_file() and state.stat().st_mtime_ns > before):
-                time.sleep(0.002)                                               # all but the first, at the start, get a step further
+
+            def further() -> bool:
+                return state.is_file() and state.stat().st_mtime_ns > before
+            while killed and time.time() - began < 20 and not further():
+                time.sleep(0.002)              # all but the first, at the start, get a step further
             time.sleep(rng.uniform(0, longest))
             process.kill()
             process.join()
@@ -134,28 +145,37 @@ def test_a_killed_training_ends_with_the_same_bits(home):
     assert killed and resumed
     assert fingerprint(home / "killed") == fingerprint(home / "whole")
     assert not list((home / "killed").glob("state*"))
-    logs = [[json.loads(line) for line in (home / name / "log.jsonl").read_text().splitlines()] for name in ("killed", "whole")]
-    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]] and logs[0][-1]["images_a_second"] > 0
+    broken, whole = (icas.read_lines(home / name / "log.jsonl") for name in ("killed", "whole"))
+    assert [line["step"] for line in broken] == [line["step"] for line in whole]
+    assert broken[-1]["images_a_second"] > 0
 
 
 def share(home: str, path: str, *more) -> None:
-    """Three steps of plain gradient descent, which does not hide a gradient of another size; weights and losses into `path`."""
+    """Three steps of plain gradient descent, which does not hide a gradient of another size;
+    weights and losses into `path`."""
     train.start_ranks("cpu") if "RANK" in os.environ else None
-    run, losses = prepared(Path(home), "--cache", f"{home}/views", "--hide-features", 0.5, "--shots", 2, *more), []
+    run, losses = prepared(Path(home), "--cache", f"{home}/views", "--hide-features", 0.5,
+                           "--shots", 2, *more), []
     run.model.decoder.requires_grad_(True)
-    icas.fit(run.model, run.pairs, steps=3, lr=0.05, warmup=1, optimizer=torch.optim.SGD(run.model.decoder.parameters()),
+    icas.fit(run.model, run.pairs, steps=3, lr=0.05, warmup=1,
+             optimizer=torch.optim.SGD(run.model.decoder.parameters()),
              callback=lambda step, parts, optimizer: losses.append(parts["loss"]))
     torch.save((run.model.decoder.state_dict(), losses), path)
 
 
 def test_two_processes_equal_one_and_so_do_micro_batches(home):
-    ended(start(share, home / "log", home, home / "one"), home / "log")
-    base = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29700 + os.getpid() % 200)}
-    ranks = [start(share, home / f"log{r}", home, home / f"rank{r}", RANK=str(r), **base) for r in range(2)]
-    micro = start(share, home / "log", home, home / "micro", "--accumulate", 3)
-    for process, log in zip((*ranks, micro), ("log0", "log1", "log")):
-        ended(process, home / log)
-    fresh = train.start_model(train.parser().parse_args(arguments(home, home / "out"))).decoder.state_dict()
+    base = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(29700 + os.getpid() % 200)}
+    ranks = [start(share, home / f"log{r}", home, home / f"rank{r}", RANK=str(r), **base)
+             for r in range(2)]                                      # which fill the cache together
+    for r, process in enumerate(ranks):
+        ended(process, home / f"log{r}")
+    alone = {name: start(share, home / f"log {name}", home, home / name, *more)
+             for name, more in (("one", ()), ("micro", ("--accumulate", 3)))}
+    for name, process in alone.items():
+        ended(process, home / f"log {name}")
+    args = train.parser().parse_args(arguments(home, home / "out"))
+    fresh = train.start_model(args).decoder.state_dict()
     one, losses = torch.load(home / "one")
     moved = max(float((one[k] - fresh[k]).abs().max()) for k in one)
     for name in ("rank0", "rank1", "micro"):
@@ -167,49 +187,62 @@ def test_two_processes_equal_one_and_so_do_micro_batches(home):
 def test_cached_and_uncached_views_give_the_same_batches_and_losses(home):
     more = ("--views", 2, "--synthetic", 2, "--shots", 3)
     fresh, kept = (prepared(home, *more, *cache) for cache in ((), ("--cache", home / "views")))
-    assert [type(s) for s in kept.pairs.sources] == [train.ViewCache] * 2 and not (home / "out").exists()
+    assert [s.folder is None for s in fresh.pairs.sources + kept.pairs.sources] == [1, 1, 0, 0]
+    assert not (home / "out").exists()
     for step in range(4):
         one, other = fresh.pairs(step)[0], kept.pairs(step)[0]
-        for name in ("foreground", "background", "hidden", "moments"):
+        for name in ("foreground", "background", "hidden"):
             assert torch.equal(getattr(one, name), getattr(other, name)), name
         assert torch.equal(one.target.small, other.target.small)
-        assert all(torch.equal(a.masks, b.masks) and torch.equal(a.classes, b.classes) for a, b in zip(one.truths, other.truths))
-        torch.testing.assert_close(one.reference, other.reference, atol=2e-3, rtol=1e-3)       # fp16
-        losses = [sum(icas.pair_loss(fresh.model, b, torch.Generator().manual_seed(0)).values()).item() for b in (one, other)]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+        for a, b in zip(one.truths, other.truths):
+            assert torch.equal(a.masks, b.masks) and torch.equal(a.classes, b.classes)
+        torch.testing.assert_close(one.reference, other.reference, atol=2e-3, rtol=1e-3)   # fp16
+        losses = [sum(icas.pair_loss(fresh.model, b, torch.Generator().manual_seed(0)).values())
+                  for b in (one, other)]
+        assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-3)
 
 
 def test_without_a_number_of_views_every_draw_is_new_and_shows_the_label(home, capsys):
     assert train.main(arguments(home, home / "out", "--steps", 2, "--synthetic", 2)) == 0
     out = capsys.readouterr()
-    assert "loader" in out.err and "images/s" in out.err and (home / "out" / "last.safetensors").is_file()
-    source = prepared(home, "--steps", 2, "--synthetic", 2).pairs.sources[0]
-    views = [source.view(i % 6, np.random.default_rng(i), "spot") for i in range(24)]
-    assert sum("spot" in v.names for v in views) >= 23 and not torch.equal(views[0].pixels, views[6].pixels)
+    assert "loader" in out.err and "images/s" in out.err
+    assert (home / "out" / "last.safetensors").is_file()
+    spots, synthetic = prepared(home, "--steps", 2, "--synthetic", 2).pairs.sources
+    drawn = [spots.view(i % 6, np.random.default_rng(i), "spot") for i in range(24)]
+    assert sum("spot" in v.names for v in drawn) >= 23
+    assert not torch.equal(drawn[0].pixels, drawn[6].pixels)
+    for label, entries in synthetic.by_label.items():
+        one, two = (synthetic.view(entries[0], np.random.default_rng(i), label) for i in range(2))
+        assert not torch.equal(one.labels, two.labels) and set(one.names) <= {label}
 
 
 def test_with_a_cache_a_prompt_may_be_another_view_of_the_target(home):
-    pairs = prepared(home, "--cache", home / "views").pairs
-    assert any(pairs.views_of(0, i, "spot") for i in pairs.by_label[0]["spot"])
+    (source,) = prepared(home, "--cache", home / "views").pairs.sources
+    assert any(source.views_of(i, "spot") for i in source.by_label["spot"])
+    assert not any(i in source.views_of(i, "spot") for i in source.by_label["spot"])
 
 
 def test_a_pair_does_not_depend_on_who_draws_it(home):
-    whole = prepared(home, "--hide-features", 0.5, "--shots", 3).pairs
-    parts = prepared(home, "--hide-features", 0.5, "--shots", 3, "--accumulate", 2, "--workers", 3).pairs
+    more = ("--hide-features", 0.5, "--shots", 3)
+    whole = prepared(home, *more).pairs
+    parts = prepared(home, *more, "--accumulate", 2, "--workers", 3).pairs
     for step in (3, 4):
         one, two = whole(step)[0], parts(step)
         for i, part in enumerate(two):
-            assert torch.equal(part.foreground, one.foreground[2 * i:2 * i + 2]) and torch.equal(part.hidden, one.hidden[2 * i:2 * i + 2])
-            torch.testing.assert_close(part.reference, one.reference[2 * i:2 * i + 2])
+            some = slice(2 * i, 2 * i + 2)
+            assert torch.equal(part.foreground, one.foreground[some])
+            assert torch.equal(part.hidden, one.hidden[some])
+            torch.testing.assert_close(part.reference, one.reference[some])
 
 
 def test_a_prompt_of_several_views_shows_one_item_and_never_the_targets(home):
     pairs = prepared(home, "--views", 4, "--shots", 3).pairs
-    source, table, sizes = pairs.sources[0], pairs.by_label[0]["spot"], set()
+    (source,), sizes = pairs.sources, set()
+    table = source.by_label["spot"]
     for i in range(60):
         rng = np.random.default_rng(i)
         target, reference = (int(v) for v in rng.choice(table, 2, replace=False))
-        chosen = pairs.prompt(0, reference, "spot", 3, target, rng)
+        chosen = pairs.prompt(source, reference, "spot", 3, target, rng)
         assert chosen[0] == reference and len(set(chosen)) == len(chosen) and target not in chosen
         assert {source.index[j]["image"] for j in chosen} == {source.index[reference]["image"]}
         sizes.add(len(chosen))
@@ -217,43 +250,54 @@ def test_a_prompt_of_several_views_shows_one_item_and_never_the_targets(home):
     view = source.view(table[0])
     mark = (view.labels == 1).float()
     one, two = (train.sides([(view, mark, 1 - mark)] * n, 3) for n in (1, 2))
-    assert one["foreground"].shape == (3, 8, 8) and not one["foreground"][1:].any() and not one["background"][1:].any()
-    torch.testing.assert_close(two["moments"], 2 * one["moments"])                       # moments add over shots
-    assert torch.equal(two["foreground"][1], one["foreground"][0])                        # every marked token of the copy,
+    assert one["foreground"].shape == (3, 8, 8)
+    assert not one["foreground"][1:].any() and not one["background"][1:].any()
+    assert torch.equal(two["foreground"][1], one["foreground"][0])   # every marked token of a copy,
     kept = two["background"][1].flatten() > 0
     other = (one["foreground"][0].flatten() == 0).numpy()
-    assert (kept.numpy() & other).tolist() == [bool(o) and n % 4 == 1 for n, o in enumerate(other)]   # and every fourth other
+    fourth = [bool(o) and n % 4 == 1 for n, o in enumerate(other)]         # every fourth other
+    assert (kept.numpy() & other).tolist() == fourth
 
 
-def test_held_out_prompts_show_another_item_in_eight_turns_and_clicks_lie_on_the_target(home):
+def test_validation_prompts_show_another_item_in_eight_turns(home):
     model = prepared(home).model
-    held = train.held_out(model, [str(home / "spots")], 0, prompts=3, targets=2)
-    assert len(held) == 6 and {h.label for h in held} == {("spots", "spot")} and {len(h.prompt) for h in held} == {8}
+    held = train.held_out(model, str(home / "spots"), 1, prompts=3)
+    assert len(held) == 3 and {h.label for h in held} == {("spots", "spot")}
     for h in held:
-        assert h.truth.shape == tuple(4 * n for n in h.target.maps.shape[-2:]) and 0 < h.truth.mean() < 0.1
-        assert all(not torch.equal(shot.maps, h.target.maps[0].half()) for shot in h.prompt)
-    more = train.held_out(model, [str(home / "spots")], 0, prompts=3, targets=2, good=1)
-    clean = [h for h in more if not h.truth.any()]
-    assert len(more) == 9 and len(clean) == 3 and {h.label for h in clean} == {("spots", "spot")}
-    assert torch.isfinite(train.learn_fusion(model, more)).all()
-    for h in train.held_out(model, [str(home / "spots")], 0, prompts=3, targets=2, clicked=True):
-        (shot,) = h.prompt
-        assert torch.equal(shot.maps, h.target.maps[0].half())
-        coarse = torch.nn.functional.adaptive_avg_pool2d(h.truth[None], shot.foreground.shape)[0]
-        on, beside = (float((side * (coarse > 0)).sum() / side.sum()) for side in (shot.foreground, shot.background))
-        assert on > 0.7 and beside < 0.5 and 0 < shot.foreground.sum() < coarse.sum()      # disks reach a pixel over the edge
+        assert len(h.prompt) == 1 and len(h.prompt.shots) == 8 and len(h.targets) == 4
+        for image, truth in h.targets:
+            assert image.shape == truth.shape == (80, 90) and truth.sum() == 15 * 15
+            assert all(not torch.equal(shot.maps, image.features.maps.half())
+                       for shot in h.prompt.shots)
+    again = train.held_out(model, str(home / "spots"), 1, prompts=3)
+    for h, same in zip(held, again):
+        assert all((a == b).all() for (_, a), (_, b) in zip(h.targets, same.targets))
 
 
-def test_normal_references_are_good_parts_of_the_same_object_and_labels_are_by_object(home):
-    manifest, second = home / "spots" / "manifest.jsonl", make_data(home, name="second", category="bolt")
+def test_validation_measures_what_segment_gives(home):
+    model = prepared(home).model
+    (episode,) = train.held_out(model, str(home / "spots"), 1, prompts=1)
+    found, both, either = train.validate(model, [episode]), 0, 0
+    for image, truth in episode.targets:
+        mask = icas.segment(image, episode.prompt, model=model).mask
+        both, either = both + (mask & truth).sum(), either + (mask | truth).sum()
+    assert found["icas"] == pytest.approx(100 * both / either)
+    assert list(found) == ["icas", "S_s", "S_s mfm", "block 4 nearest"]
+
+
+def test_good_parts_as_prompts_are_of_the_same_object_and_labels_are_by_object(home):
+    manifest = home / "spots" / "manifest.jsonl"
+    second = make_data(home, name="second", category="bolt")
     lines = [json.loads(line) | {"category": "nut"} for line in manifest.read_text().splitlines()]
-    lines += [r | {"image": f"../second/{r['image']}", "group": f"b{r['group']}"} | ({"mask": f"../second/{r['mask']}"} if "mask" in r else {})
-              for r in map(json.loads, (second / "manifest.jsonl").read_text().splitlines())]
-    lines[7] |= {"anomalous": True}                                             # of the four without a mask, one is known to be bad
+    for r in map(json.loads, (second / "manifest.jsonl").read_text().splitlines()):
+        r |= {"image": f"../second/{r['image']}", "group": f"b{r['group']}"}
+        lines.append(r | ({"mask": f"../second/{r['mask']}"} if "mask" in r else {}))
+    lines[7] |= {"anomalous": True}         # of the four without a mask, one is known to be bad
     manifest.write_text("\n".join(map(json.dumps, lines)))
     pairs = prepared(home).pairs
     source = pairs.sources[0]
-    assert list(pairs.by_label[0]) == ["bolt spot", "nut spot"] and {k: len(v) for k, v in pairs.good[0].items()} == {"nut": 1, "bolt": 2}
+    assert list(source.by_label) == ["bolt spot", "nut spot"]
+    assert {k: len(v) for k, v in source.good.items()} == {"nut": 1, "bolt": 2}
     drawn, view = [], source.view
     source.view = lambda i, *more: drawn.append(i) or view(i, *more)
     seen = 0
@@ -268,18 +312,27 @@ def test_normal_references_are_good_parts_of_the_same_object_and_labels_are_by_o
 
 
 def test_the_dry_run_says_what_would_happen_and_writes_nothing(home, capsys):
-    assert train.main(arguments(home, home / "out", "--dry-run", "--cache", home / "views")) == 0
+    make_data(home, name="others")
+    manifest = home / "spots" / "manifest.jsonl"
+    manifest.write_text(manifest.read_text().replace('"spot"', '"dent"', 1))
+    more = ("--dry-run", "--cache", home / "views", "--validate", home / "others", "--seed", 3,
+            "--accumulate", 2, "--shots", 2, "--hide-features", 0.3)
+    assert train.main(arguments(home, home / "out", *more)) == 0
     said = capsys.readouterr().out
-    assert "anomaly: 5000 steps, 4 pairs" in said and "AdamW 0.0001" in said and "GiB" in said
-    assert "spots: 100 % of pairs, 8 images, 2 good, 1 labels (6 spot)" in said
+    assert "anomaly: 5000 steps, 4 pairs, ranks 1, micro-batches 2, seed 3, AdamW 0.0001" in said
+    assert "prompts of up to 2 views, 50 % of the target's image; features hidden in 30 %" in said
+    assert "mild augmentation" in said and "clip 1" in said and "float32" in said and "GiB" in said
+    assert "spots: 100 % of pairs, 8 images, 2 good, 2 labels (5 spot, 1 dent)" in said
+    assert "1 labels in one image only, as 'dent': their pairs are two views of it" in said
     assert not (home / "out").exists() and not (home / "views").exists()
 
 
 def test_the_defaults_are_the_papers_recipe():
     args = train.parser().parse_args(["--stage", "generic", "--data", "x", "--out", "y"])
-    assert (args.batch_size, args.lr, args.image_size, args.queries, args.layers, args.dim, args.ffn_dim, args.pixel_dim) == (
-        32, 1e-4, 518, 200, 6, 256, 1728, 256)
-    assert (args.same_image, args.hide_features, args.strong_augmentation, args.synthetic) == (0.5, 0, False, 0)  # R14, R15
+    assert (args.batch_size, args.lr, args.image_size, args.queries, args.layers, args.dim,
+            args.ffn_dim, args.pixel_dim) == (32, 1e-4, 518, 200, 6, 256, 1728, 256)
+    assert (args.same_image, args.hide_features, args.strong_augmentation,
+            args.synthetic) == (0.5, 0, False, 0)
 
 
 @pytest.mark.parametrize("strong", [False, True])
@@ -290,41 +343,85 @@ def test_augmented_masks_stay_on_their_defects_at_every_scale(strong):
     for i in range(60):
         rng = np.random.default_rng(i)
         view, marked = augment(image, labels, 84, rng, True, strong)
-        inside, outside = view[:, marked > 0].mean(dim=1), view[:, marked == 0].mean(dim=1)
-        assert view.shape == (3, 84, 84) and 0 <= view.min() and view.max() <= 1 and set(marked.unique().tolist()) <= {0, 3}
-        assert (marked > 0).sum() >= 12 and (strong or (inside < outside - 0.1).all())  # strong colour may turn light to dark
+        inside, outside = (view[:, side].mean(dim=1) for side in (marked > 0, marked == 0))
+        assert view.shape == (3, 84, 84) and 0 <= view.min() and view.max() <= 1
+        assert set(marked.unique().tolist()) <= {0, 3} and (marked > 0).sum() >= 12
+        assert strong or (inside < outside - 0.1).all()     # strong colour may turn light to dark
         areas.append(int((marked > 0).sum()))
     assert max(areas) > (4 if strong else 8) * min(areas)
     for h, w in ((1, 1), (3, 200), (400, 20)):  # any shape
-        view, marked = augment(torch.rand(3, h, w), torch.ones(h, w, dtype=torch.uint8), 28, np.random.default_rng(0), True, strong)
+        ones = torch.ones(h, w, dtype=torch.uint8)
+        rng = np.random.default_rng(0)
+        view, marked = augment(torch.rand(3, h, w), ones, 28, rng, True, strong)
         assert view.shape == (3, 28, 28) and marked.any()
 
 
 def test_the_papers_rows_without_our_departures_can_be_trained(home):
-    """Table 7 without GQS, and without debiasing (R2) and correspondence (R9)."""
-    assert train.main(arguments(home, home / "out", "--steps", 2, "--no-gqs", "--debias", 0, "--no-correspondence")) == 0
-    model = icas.load(home / "out" / "last.safetensors", encoder=home / "encoder.safetensors")
-    assert model.config.learned_queries and not model.config.correspondence and model.config.debias == 0
+    """Table 7 without greedy queries, and without debiasing, relation maps and detail."""
+    more = ("--steps", 2, "--no-gqs", "--debias", 0, "--no-correspondence", "--no-detail")
+    assert train.main(arguments(home, home / "out", *more)) == 0
+    checkpoint = home / "out" / "last.safetensors"
+    model = icas.load(checkpoint, encoder=home / "encoder.safetensors")
+    assert model.config.learned_queries and not model.config.correspondence
+    assert model.config.debias == 0 and not model.config.detail and model.detail is None
     assert not hasattr(model.decoder, "relation") and model.decoder.content_embed.shape == (12, 32)
 
 
-def test_validation_prints_the_baselines_and_keeps_the_best(home, capsys):
+def test_another_encoder_is_known_by_its_file_and_the_checkpoint_keeps_to_it(home, capsys):
+    with unittest.mock.patch.dict(icas.ENCODERS, mini14=(32, 3, 2)):
+        other, checkpoint = home / "mini.safetensors", home / "out" / "last.safetensors"
+        save_file(icas.Encoder("mini14-reg").state_dict(), other)
+        more = ("--steps", 2, "--encoder", other, "--blocks", 2, 3, "--matched", 2, "--debias", 4)
+        assert train.main(arguments(home, home / "out", *more)) == 0
+        model = icas.load(checkpoint, encoder=other)
+        c = model.config
+        assert (c.encoder, c.blocks, c.matched, c.detail) == ("mini14-reg", (2, 3), (2,), True)
+        assert model.encoder_sha256 == icas.sha256(other)
+        assert model.decoder.neck[0].in_channels == 2 * 32
+        with pytest.raises(ValueError, match="the checkpoint was trained with"):
+            icas.load(checkpoint, encoder=home / "encoder.safetensors")
+        more = ("--steps", 2, "--init", checkpoint)
+        assert train.main(arguments(home, home / "next", *more, "--encoder", other)) == 0
+        found = icas.load(home / "next" / "last.safetensors", encoder=other)
+        assert found.config == c
+        capsys.readouterr()
+        assert train.main(arguments(home, home / "wrong", *more)) == 2
+        assert "the checkpoint was trained with" in capsys.readouterr().err
+    assert train.main(arguments(home, home / "o", "--encoder", home / "nowhere")) == 2
+    assert "no file at" in capsys.readouterr().err
+    assert train.main(arguments(home, home / "o", "--encoder", other)) == 2   # of no known size
+    assert "has width 32 and 3 blocks" in capsys.readouterr().err
+
+
+def test_validation_prints_the_baseline_and_keeps_the_best(home, capsys):
     make_data(home, name="others")
-    more = ("--steps", 2, "--validate", home / "others", "--validate-every", 1, "--held-out", home / "others")
+    more = ("--steps", 2, "--validate", home / "others", "--validate-every", 1)
     assert train.main(arguments(home, home / "out", *more)) == 0
     said = capsys.readouterr().err
-    assert "mean IoU icas" in said and "nearest patch" in said and "fusion: relation alone" in said
-    assert (home / "out" / "best.safetensors").is_file()
-    log = [json.loads(line) for line in (home / "out" / "log.jsonl").read_text().splitlines()]
-    assert set(log[-1]["validation"]) == {"icas", "nearest patch", "prototype"}
+    assert "mean IoU icas" in said and "S_s mfm" in said and "block 4 nearest" in said
+    log = [json.loads(line) for line in (home / "out/log.jsonl").read_text().splitlines()]
+    found = [line["validation"] for line in log if "validation" in line]
+    assert set(found[-1]) == {"icas", "S_s", "S_s mfm", "block 4 nearest"} and len(found) == 2
+    with views.safe_open(home / "out" / "best.safetensors", "pt") as file:
+        best = json.loads(file.metadata()["training"])["validation"]
+    assert best["S_s mfm"] == max(f["S_s mfm"] for f in found)
+    assert icas.load(home / "out/best.safetensors", encoder=home / "encoder.safetensors")
     assert train.main(arguments(home, home / "o", "--validate", home / "spots")) == 2
-    make_data(home, count=1, name="lone")
-    for option in ("--validate", "--held-out"):
-        assert train.main(arguments(home, home / "o", option, home / "lone")) == 2
-        assert f"{option}: no label is in two images of different groups" in capsys.readouterr().err
-    assert train.main(arguments(home, home / "o", "--dry-run", "--held-out", home / "nowhere")) == 2
-    one = make_data(home, count=1, name="one")
-    assert train.main(arguments(home, home / "o", "--validate", one)) == 2 and "no label is in two images" in capsys.readouterr().err
+    assert "is trained on too" in capsys.readouterr().err
+    lone = make_data(home, count=1, name="lone")
+    for more in ((), ("--dry-run",)):
+        assert train.main(arguments(home, home / "o", "--validate", lone, *more)) == 2
+        said = capsys.readouterr().err
+        assert "--validate: no label is in two images of different groups" in said
+    assert train.main(arguments(home, home / "o", "--dry-run", "--validate", home / "nowhere")) == 2
+
+
+def test_validation_changes_no_weight(home):
+    make_data(home, name="others")
+    for name, more in (("plain", ()), ("held", ("--validate", home / "others"))):
+        more += ("--steps", 3, "--validate-every", 1)
+        assert train.main(arguments(home, home / name, *more)) == 0
+    assert fingerprint(home / "plain") == fingerprint(home / "held")
 
 
 def test_damaged_states_and_a_full_disk_cost_nothing(tmp_path, capsys):
@@ -340,9 +437,9 @@ def test_damaged_states_and_a_full_disk_cost_nothing(tmp_path, capsys):
         path.write_bytes(broken)
         assert train.read_state(path)["step"] == 1 and "damaged" in capsys.readouterr().err
         train.write_state(path, {"step": 3})
-        assert (tmp_path / "state.old").read_bytes() == old                    # a damaged state does not take the place of a whole one
+        assert (tmp_path / "state.old").read_bytes() == old   # a damaged one replaces no whole one
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))                # writes fail half-way, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))  # writes fail, as on a full disk
     try:
         train.write_state(path, {"step": 4, "w": torch.ones(9000)})
     finally:
@@ -353,53 +450,74 @@ def test_damaged_states_and_a_full_disk_cost_nothing(tmp_path, capsys):
 
 def on_a_full_disk(*args: str) -> int:
     import resource
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit))
     return train.main(list(args))
 
 
 def test_a_full_disk_does_not_end_a_training(home):
     pytest.importorskip("resource")
-    process = start(on_a_full_disk, home / "log", *arguments(home, home / "out", "--steps", 4, "--save-minutes", 0))
+    more = ("--steps", 4, "--save-minutes", 0)
+    process = start(on_a_full_disk, home / "log", *arguments(home, home / "out", *more))
     process.join(60)
     said = (home / "log").read_text()
-    assert process.exitcode == 1 and said.count("could not be written") == 3 and "step      4/4" in said and "Traceback" not in said
-    assert train.main(arguments(home, home / "out", "--steps", 4, "--save-minutes", 0)) == 0
+    assert process.exitcode == 1 and said.count("could not be written") == 3
+    assert "step      4/4" in said and "Traceback" not in said
+    assert train.main(arguments(home, home / "out", *more)) == 0
 
 
 def test_a_finished_run_is_not_trained_again_and_another_recipe_does_not_resume(home, capsys):
+    last, new = home / "out" / "last.safetensors", home / "new"
     assert train.main(arguments(home, home / "out", "--steps", 2)) == 0
-    written = (home / "out" / "last.safetensors").stat().st_mtime_ns
+    written = last.stat().st_mtime_ns
     assert train.main(arguments(home, home / "out", "--steps", 2, "--log-every", 7)) == 0
-    assert (home / "out" / "last.safetensors").stat().st_mtime_ns == written and "step " not in capsys.readouterr().err.split("GiB")[-1]
-    assert train.main(arguments(home, home / "out", "--steps", 3)) == 2 and "other arguments" in capsys.readouterr().err
-    (home / "new").mkdir()
-    train.write_state(home / "new" / "state.pt", {"arguments": "{}", "step": 1})
-    assert train.main(arguments(home, home / "new", "--steps", 2)) == 2 and "other arguments" in capsys.readouterr().err
+    assert last.stat().st_mtime_ns == written
+    assert "step " not in capsys.readouterr().err.split("GiB")[-1]
+    assert train.main(arguments(home, home / "out", "--steps", 3)) == 2
+    assert "other arguments" in capsys.readouterr().err
+    new.mkdir()
+    train.write_state(new / "state.pt", {"arguments": {}, "step": 1})
+    assert train.main(arguments(home, new, "--steps", 2)) == 2
+    assert "other arguments" in capsys.readouterr().err
 
 
-def test_a_cache_that_was_cut_off_goes_on_and_one_made_otherwise_is_refused(home, capsys, monkeypatch):
-    more = ("--views", 3, "--cache")                                            # 24 views: two chunks
-    whole, describe, calls = prepared(home, *more, home / "whole").pairs.sources[0], icas.ICAS.describe, []
+def test_a_cache_that_was_cut_off_goes_on_and_one_made_otherwise_is_not_read(home, monkeypatch):
+    more = ("--views", 3, "--cache")                                     # 24 views: two chunks
+    whole = prepared(home, *more, home / "whole").pairs.sources[0]
+    encode, calls = views.encode, []
 
-    def dies(model, images):
-        calls.append(len(images))
+    def dies(model, some):
+        calls.append(len(some))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return describe(model, images)
-    monkeypatch.setattr(icas.ICAS, "describe", dies)
+        return encode(model, some)
+    monkeypatch.setattr(views, "encode", dies)
     with pytest.raises(KeyboardInterrupt):
         prepared(home, *more, home / "views")
-    part = home / "views" / "spots.part" / "index.jsonl"
-    part.write_text(part.read_text() + '{"names": {"1"')
+    (folder,) = (home / "views").iterdir()
+    (folder / "16.part").write_bytes(b"half a view")
     found = prepared(home, *more, home / "views").pairs.sources[0]
     assert calls == [16, 8, 8] and found.index == whole.index and len(found.index) == 24
-    for name in ("features", "images", "labels"):
-        np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
-    assert train.main(arguments(home, home / "o", "--views", 2, "--cache", home / "views")) == 2
-    assert "views 3 for 2" in capsys.readouterr().err
-    assert train.main(arguments(home, home / "o", *more, home / "views", "--image-size", 98)) == 2 and "shape" in capsys.readouterr().err
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: train.argparse.Namespace(free=1000))
-    assert train.main(arguments(home, home / "o", *more, home / "small")) == 2 and "are free" in capsys.readouterr().err
+    assert found.folder == folder and len(list(folder.iterdir())) == 24
+    for i in range(24):
+        for name in ("features", "small", "labels"):
+            assert torch.equal(*(source.kept(i, name)[0] for source in (found, whole)))
+    calls[1:] = ["both are there"]
+    for other in (("--views", 2), ("--image-size", 98), ("--seed", 1), ("--blocks", 3, 4),
+                  ("--strong-augmentation",), ("--images", 5), ("--stage", "generic")):
+        source = prepared(home, *more, home / "views", *other).pairs.sources[0]
+        assert source.folder != folder and len(list(folder.iterdir())) == 24
+
+
+def test_a_full_disk_under_a_cache_is_said_and_the_same_command_goes_on(home, capsys, monkeypatch):
+    def full(tensors, path):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    more = ("--cache", home / "views", "--steps", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(views, "save_file", full)
+        assert train.main(arguments(home, home / "out", *more)) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert train.main(arguments(home, home / "out", *more)) == 0
 
 
 def test_bad_data_is_named_before_training(home, capsys):
@@ -408,20 +526,33 @@ def test_bad_data_is_named_before_training(home, capsys):
     Image.fromarray(np.ones((5, 5), np.uint8)).save(home / "small.png")
     (home / "text.png").write_text("no picture")
     code = {"size": [5, 5], "counts": "0"}
-    for change, message in (({"image": "gone.png"}, "manifest.jsonl:2: image file is missing"),
-                            ({"mask": "../small.png"}, "manifest.jsonl:2: mask is (5, 5)"),
-                            ({"mask": {"1": code}}, "manifest.jsonl:2: mask is (5, 5)"),
-                            ({"image": 3}, 'manifest.jsonl:2: expected a record with "image"'),
-                            ({"image": "../text.png"}, "text.png' is not a readable image"),
-                            ({"labels": {"a": "b"}}, "manifest.jsonl:2: labels"),
-                            ({"mask": None}, "manifest.jsonl:2: mask: expected a path")):
-        manifest.write_text("\n".join([lines[0], json.dumps(json.loads(lines[1]) | change), *lines[2:]]))
-        assert train.main(arguments(home, home / "out", "--steps", 1)) == 2 and message in capsys.readouterr().err
-    assert train.main(arguments(home, home / "out", "--same-image", 1.5)) == 2 and "--same-image: expected a share" in capsys.readouterr().err
-    for text, message in (("{broken\n", "manifest.jsonl:1: not a JSON record"), (lines[0], "no label is in two images of ['spots']"),
-                          ("\n", "the manifest has no record"), ("[1]", "manifest.jsonl:1: expected a record")):
+    for change, message in (
+            ({"image": "gone.png"}, "manifest.jsonl:2: image file is missing"),
+            ({"mask": "../small.png"}, "manifest.jsonl:2: mask is (5, 5)"),
+            ({"mask": {"1": code}}, "manifest.jsonl:2: mask is (5, 5)"),
+            ({"image": 3}, 'manifest.jsonl:2: expected a record with "image"'),
+            ({"image": "../text.png"}, "text.png' is not a readable image"),
+            ({"labels": {"a": "b"}}, "manifest.jsonl:2: labels"),
+            ({"mask": None}, "manifest.jsonl:2: mask: expected a path")):
+        changed = json.dumps(json.loads(lines[1]) | change)
+        manifest.write_text("\n".join([lines[0], changed, *lines[2:]]))
+        assert train.main(arguments(home, home / "out", "--steps", 1)) == 2
+        assert message in capsys.readouterr().err
+    for name, value, message in (
+            ("--same-image", 1.5, "--same-image: expected 0 to 1, got 1.5"),
+            ("--shots", 0, "--shots: expected 1 to inf, got 0"),
+            ("--views", -1, "--views: expected 0 to inf, got -1"),
+            ("--weights", 0, "--weights: expected one number for each of ['spots']")):
+        manifest.write_text("\n".join(lines))
+        assert train.main(arguments(home, home / "out", name, value)) == 2
+        assert message in capsys.readouterr().err
+    for text, message in (("{broken\n", "manifest.jsonl:1: not a JSON record"),
+                          (lines[0], "no label is in two images of 'spots'"),
+                          ("\n", "the manifest has no record"),
+                          ("[1]", "manifest.jsonl:1: expected a record")):
         manifest.write_text(text)
-        assert train.main(arguments(home, home / "out")) == 2 and message in capsys.readouterr().err
+        assert train.main(arguments(home, home / "out")) == 2
+        assert message in capsys.readouterr().err
     assert not (home / "out").exists()
 
 
@@ -429,12 +560,14 @@ def kill(times: int) -> None:
     import tempfile
     home = Path(tempfile.mkdtemp())
     make_home(home)
-    more = ("--steps", 400, "--save-minutes", 0, "--synthetic", 2, "--cache", home / "views", "--log-every", 100)
+    more = ("--steps", 400, "--save-minutes", 0, "--synthetic", 2, "--cache", home / "views",
+            "--log-every", 100)
     began = time.time()
     ended(start(train.main, home / "log", arguments(home, home / "whole", *more)), home / "log")
     killed, resumed = kill_until_done(home, home / "killed", times, 1.5, *more)
     whole, broken = fingerprint(home / "whole"), fingerprint(home / "killed")
-    print(f"unbroken {whole}\n  killed {broken}\n{killed} kills, {resumed} resumed, {time.time() - began:.0f} s, bit-identical: {whole == broken}")
+    print(f"unbroken {whole}\n  killed {broken}\n{killed} kills, {resumed} resumed, "
+          f"{time.time() - began:.0f} s, bit-identical: {whole == broken}")
 
 
 if __name__ == "__main__":

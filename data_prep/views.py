@@ -1,0 +1,200 @@
+"""Views of a manifest's images: drawn when they are asked for, or encoded once and kept."""
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Iterable, NamedTuple, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+import icas
+
+from .augment import SyntheticDefect, augment
+from .manifest import (by_category, group, in_box, named, read_labels, read_manifest,
+                       read_record)
+
+Rng = np.random.Generator
+
+
+class View(NamedTuple):
+    """One augmented image: its features, or the pixels they are still to be made from."""
+    features: Tensor | None   # (blocks * D, H0, W0) float16
+    pixels: Tensor | None     # (3, S, S) in [0, 1]
+    small: Tensor             # (3, 8 H0, 8 W0) uint8
+    labels: Tensor            # (S, S) uint8
+    names: dict[str, int]     # label -> value that is present
+
+
+def shown_names(names: dict[str, str], labels: np.ndarray | Tensor) -> dict[str, int]:
+    """label -> value, of those that a label map shows."""
+    present = np.bincount(np.asarray(labels).ravel(), minlength=256)
+    return {name: int(value) for value, name in names.items() if present[int(value)]}
+
+
+def record_names(record: dict) -> dict[str, int]:
+    """label -> value, of those that the mask of a record shows."""
+    labels = read_labels(record)
+    return {} if labels is None else shown_names(by_category(record), in_box(record, labels))
+
+
+def group_by(items: Iterable[tuple[str, int]]) -> dict[str, list[int]]:
+    table: dict[str, list[int]] = {}
+    for key, i in items:
+        table.setdefault(key, []).append(i)
+    return dict(sorted(table.items()))
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@torch.no_grad()
+def encode(model: icas.ICAS, views: Sequence[View]) -> Tensor:
+    """(N, blocks * D, H0, W0) float32, without the detail maps: the decoder does not read them."""
+    images = torch.stack([v.pixels for v in views]).to(model.device)
+    with model.autocast():
+        return torch.cat(model.encoder(images, model.config.blocks), dim=1).float()
+
+
+class FreshViews:
+    """Views of a manifest's images: each draw a new one, or with `views` so many an image, each a
+    function of the seed and its number, which `keep` can keep."""
+
+    def __init__(self, name: str, records: list[dict], size: int, patch: int, turns: bool,
+                 views: int = 0, seed: int = 0, strong: bool = False):
+        self.name, self.size, self.grid, self.seed = name, size, size // patch, seed
+        self.turns, self.strong, self.fixed, self.folder = turns, strong, views > 0, None
+        self.records = [r for r in records for _ in range(max(1, views))]
+        self.index = [{"names": by_category(r), "group": group(r), "image": r["image"],
+                       "category": r.get("category", "")} for r in self.records]
+        self.trusted = not self.fixed and len(records) > 5000   # without a look at every mask
+        self.recipe = [views, seed, size, turns, strong,   # decides what `keep` keeps
+                       [[Path(r["image"]).name, named(r), r.get("box")] for r in records]]
+
+    def draw(self, i: int, rng: Rng | None) -> tuple[Tensor, Tensor]:
+        """(3, S, S) pixels and (S, S) labels of entry i."""
+        rng = rng or np.random.default_rng([self.seed, i])
+        return augment(*read_record(self.records[i]), self.size, rng, self.turns, self.strong)
+
+    def view(self, i: int, rng: Rng | None = None, label: str = "") -> View:
+        """View i; a fresh one is drawn again, up to five times, until it shows the label."""
+        names = self.index[i]["names"]
+        if self.folder:
+            features, small, labels = self.kept(i, "features", "small", "labels")
+            return View(features, None, small, labels, shown_names(names, labels))
+        for _ in range(5):
+            pixels, labels = self.draw(i, None if self.fixed else rng)
+            shown = shown_names(names, labels)
+            if self.fixed or not label or label in shown:
+                break
+        small = F.interpolate(pixels[None], (8 * self.grid,) * 2, mode="bilinear", antialias=True)
+        return View(None, pixels, (255 * small[0]).round().byte(), labels, shown)
+
+    def kept(self, i: int, *names: str) -> list[Tensor]:
+        with safe_open(self.folder / f"{i}.safetensors", "pt") as file:
+            return [file.get_tensor(name) for name in names]
+
+    def names(self, i: int) -> dict[str, int]:
+        """label -> value, of those that entry i shows."""
+        if self.trusted:
+            return {name: int(value) for value, name in self.index[i]["names"].items()}
+        if self.folder:
+            return shown_names(self.index[i]["names"], *self.kept(i, "labels"))
+        return self.view(i).names if self.fixed else record_names(self.records[i])
+
+    def sort(self, workers: int) -> None:
+        """Find entries by what they show, for pairs."""
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            self.shown = list(pool.map(self.names, range(len(self.index))))
+        table = group_by((name, i) for i, names in enumerate(self.shown) for name in names)
+        # a pair needs two views, which one entry gives if it is not fixed
+        self.by_label = {k: some for k, some in table.items() if len(some) > self.fixed}
+        self.images = {k: len({self.index[i]["image"] for i in some})
+                       for k, some in self.by_label.items()}
+        self.often = np.cumsum(np.sqrt([len(entries) for entries in self.by_label.values()]))
+        records = list(enumerate(self.index))
+        self.good = group_by((r.get("category", ""), i) for i, r in records if not r["names"])
+        self.alike = group_by((r["image"], i) for i, r in records)
+
+    def views_of(self, entry: int, label: str) -> list[int]:
+        """Entries of the same image that show the label; the entry too if each draw is another."""
+        return [i for i in self.alike[self.index[entry]["image"]]
+                if label in self.shown[i] and (i != entry or not self.fixed)]
+
+    def others(self, entries: Sequence[int], *than: int) -> list[int]:
+        """Those of the entries that show another physical item than these."""
+        groups = [self.index[i]["group"] for i in than]
+        return [i for i in entries if self.index[i]["group"] not in groups]
+
+    def another(self, entries: Sequence[int], than: int, rng: Rng) -> int | None:
+        """A random one of `others`, or None; of many entries it looks at a few."""
+        few = [entries[k] for k in rng.integers(len(entries), size=20)] if entries else []
+        rest = self.others(few, than) or self.others(entries, than)
+        return rest[rng.integers(len(rest))] if rest else None
+
+    def keep(self, cache: str, model: icas.ICAS, workers: int) -> None:
+        """Encode the views that are not in the cache yet, and read all from there. Each is a file,
+        whole or not there, in a folder named after what decides it; ranks share the work."""
+        made = json.dumps([self.recipe, model.encoder_sha256, model.config.blocks]).encode()
+        folder = Path(cache, f"{self.name}-{hashlib.sha256(made).hexdigest()[:12]}")
+        folder.mkdir(parents=True, exist_ok=True)
+        missing = [i for i in range(rank(), len(self.index), world())
+                   if not (folder / f"{i}.safetensors").is_file()]
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            for n in tqdm(range(0, len(missing), 16), self.name, disable=not sys.stderr.isatty()):
+                views = list(pool.map(self.view, missing[n:n + 16]))
+                for i, view, maps in zip(missing[n:], views, encode(model, views).half().cpu()):
+                    tensors = {"features": maps, "small": view.small, "labels": view.labels}
+                    part = folder / f"{i}.part"
+                    save_file({name: x.contiguous() for name, x in tensors.items()}, part)
+                    part.replace(part.with_suffix(".safetensors"))
+        if dist.is_initialized():
+            dist.barrier()
+        self.folder = folder
+
+
+class FreshSynthetic(FreshViews):
+    """Synthetic defects painted on surfaces drawn from all manifests alike: two entries a kind,
+    each draw of them new, or with `views` three times as many that stay the same."""
+
+    def __init__(self, manifests: Sequence[str], kinds: int, size: int, patch: int, views: int = 0,
+                 seed: int = 0, strong: bool = False):
+        super().__init__("synthetic", [], size, patch, True, views, seed, strong)
+        self.entries, self.trusted = 3 * views or 2, not self.fixed
+        self.pools = [[r for r in read_manifest(m, limit=100_000) if not r.get("anomalous")]
+                      for m in manifests]
+        self.defects = [SyntheticDefect.draw(np.random.default_rng([seed, k]))
+                        for k in range(kinds)]
+        self.index = [{"names": {"1": f"{d.kind}_{k}"}, "group": f"{k}_{j}", "image": f"{k}_{j}"}
+                      for k, d in enumerate(self.defects) for j in range(self.entries)]
+        self.recipe += [kinds, [[Path(r["image"]).name for r in pool] for pool in self.pools]]
+
+    def surface(self, source: Rng, rng: Rng) -> Tensor:
+        """(3, S, S): an image without a defect, of the data set that `source` draws."""
+        pool = self.pools[source.integers(len(self.pools))]
+        record = read_record(pool[rng.integers(len(pool))])
+        return augment(*record, self.size, rng, True, self.strong)[0]
+
+    def draw(self, i: int, rng: Rng | None) -> tuple[Tensor, Tensor]:
+        """A new defect of the entry's kind. Even kinds stay on one data set, as real ones do."""
+        kind, j = divmod(i, self.entries)
+        rng = rng or np.random.default_rng([self.seed, kind, j])
+        home = rng if kind % 2 else np.random.default_rng([self.seed, kind, 99])
+        texture = np.random.default_rng(self.defects[kind].texture)
+        base, foreign = self.surface(home, rng), self.surface(texture, texture)
+        pixels, mask = self.defects[kind].paint(base, foreign, rng)
+        return pixels, mask.byte()
