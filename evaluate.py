@@ -34,14 +34,13 @@ from scipy import ndimage
 from scipy.integrate import trapezoid
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from torch import Tensor
-from tqdm import tqdm
 
 import icas
 from data_prep.episodes import Store, check, development_sources, plan, read_sources, segments
 
 PEERS = ("nearest patch", "prototype", "nearest patch, plain", "prototype, plain",   # segmentation
          "AnomalyDINO recipe", "SubspaceAD recipe")                                  # detection
-RATES = (0.01, 0.05, 0.1, 0.2)   # false positive rates asked of `detect`, beside the observed ones
+RATES = (0.01, 0.05, icas.RATE, 0.2)   # false positive rates asked of `detect`, with its own
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -170,7 +169,7 @@ def score(store: Store, episode: dict, peers: bool) -> dict[str, dict]:
         whole[method]["images"] |= f["images"]
         whole[method]["bins"] = whole[method]["bins"] + f["bins"]
     if not masks:
-        whole["icas"]["cuts"] = {rate: icas.good_threshold(ready, rate) for rate in RATES}
+        whole["icas"]["cuts"] = {rate: icas.upper_limit(ready.good.scores, rate) for rate in RATES}
     return whole
 
 
@@ -242,11 +241,17 @@ def summarise(scored: Sequence[tuple[dict, dict]]) -> dict[str, dict]:
     return rows
 
 
-def measure(store: Store, episodes: Sequence[dict], peers: bool, name: str) -> dict[str, dict]:
-    """Rows of one category; those of segmentation and of detection are joined."""
-    scored, rows = {True: [], False: []}, {}
-    for e in tqdm(episodes, name, disable=not sys.stderr.isatty() or rank_and_world()[0] > 0):
-        scored[segments(e)].append((e, metrics(score(store, e, peers), e, store.records)))
+def measure(store: Store, episodes: Sequence[dict], peers: bool, part: Path) -> dict[str, dict]:
+    """Rows of one category; those of segmentation and of detection are joined. The metrics of each
+    finished episode are kept beside `part`, for a run that goes on."""
+    scored, rows, log = {True: [], False: []}, {}, part.with_suffix(".jsonl")
+    done = icas.read_lines(log)
+    for i, e in enumerate(icas.progress(episodes, part.stem)):
+        if i == len(done):
+            done.append(metrics(score(store, e, peers), e, store.records))
+            if rank_and_world()[0] == 0:
+                icas.write_lines(log, done)
+        scored[segments(e)].append((e, done[i]))
     for method, row in (x for some in scored.values() if some for x in summarise(some).items()):
         rows[method] = rows.get(method, {}) | row
     return rows
@@ -383,13 +388,14 @@ def run(args: argparse.Namespace) -> None:
         part = out / "parts" / f"{args.task}-{name.replace('/', '_')}-{digest}.json"
         if not part.is_file():
             store = Store(model, records, args.turns)
-            rows = measure(store, plans[name], args.peers, name)
+            rows = measure(store, plans[name], args.peers, part)
             for i, e in enumerate(plans[name]):
                 if args.figures and first and e["seed"] == 0:
                     picture(Path(args.figures) / f"{part.stem} {i}.png", store, e)
             if first:
                 part.with_suffix(".part").write_text(json.dumps(rows))
                 part.with_suffix(".part").replace(part)
+                part.with_suffix(".jsonl").unlink(missing_ok=True)
         if first:
             sets[name] = json.loads(part.read_text())
     if not first:

@@ -39,6 +39,7 @@ Departures from the paper's text, where it is open or where its printed form doe
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import hashlib
 import json
@@ -50,9 +51,10 @@ import sys
 import time
 import warnings
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, NamedTuple, Sequence
 
 import numpy as np
 import scipy
@@ -63,7 +65,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-__version__ = "0.7.0"
+__version__ = "0.8.0"
 __all__ = ["Batch", "Config", "Detection", "EncodedImage", "Features", "ICAS", "Prepared",
            "References", "Segmentation", "Truths", "convert", "detect", "encode", "encode_image",
            "fit", "load", "overlay", "prepare", "save", "segment", "to_mask", "to_rgb"]
@@ -850,7 +852,13 @@ def to_rgb(image: Any, name: str = "image", value_range: Sequence[float] | None 
     value_range  (low, high) that become 0 and 255, alpha apart: for 16-bit and other wide images.
     Raises FileNotFoundError, TypeError or ValueError, with `name` in the message.
     """
-    x, name = to_array(image, name, rgb=True)
+    return read_rgb(image, name, value_range)[0]
+
+
+def read_rgb(image: Any, name: str = "image", value_range: Sequence[float] | None = None,
+             most: int | None = None) -> tuple[Tensor, tuple[int, int]]:
+    """`to_rgb`, reduced where it has more than `most` pixels; and the picture's own (h, w)."""
+    x, name, shape = to_array(image, name, rgb=True, most=most)
     x = x[..., None] if x.ndim == 2 else x
     check(x.ndim == 3 and x.shape[-1] in (1, 3, 4) and x.numel(), f"{name}: expected (H, W), (H, W,"
           f" 3) or (H, W, 4) with at least one pixel, or a (3, H, W) tensor; got {brief(image)}")
@@ -861,26 +869,43 @@ def to_rgb(image: Any, name: str = "image", value_range: Sequence[float] | None 
         check(isinstance(value_range, (tuple, list)) and len(value_range) == 2 and all(
             isinstance(v, numbers.Real) for v in value_range) and value_range[0] < value_range[1],
             f"value_range: expected (low, high) with low < high, got {value_range!r}")
+    if value_range is not None and x.dtype != torch.uint8:
         low, high = value_range
         x = ((x.double() - low) / (high - low)).clamp(0, 1)
     elif x.dtype != torch.uint8:
         unit, low, high = isinstance(image, Tensor) and x.is_floating_point(), x.min(), x.max()
         what = "a float tensor in [0, 1], got" if unit else f"8-bit values (uint8), got {x.dtype},"
+        likely = next((n for n in (1, 255, 1023, 4095, 16383, 65535) if high <= n), f"{high:.5g}")
         check(unit and low >= 0 and high <= 1, f"{name}: expected {what} [{low:.5g}, {high:.5g}] "
-              "(or NaN); pass uint8, or say what is black and white with to_rgb(image, value_range="
-              "(low, high)), or --range LOW HIGH on the command line")
+              f"(or NaN); its range is likely 0 to {likely}: say so with value_range=(0, {likely}),"
+              f" or --range 0 {likely} on the command line; or pass uint8")
     x = (x * 255).round().to(torch.uint8) if x.is_floating_point() else x
     if alpha.numel():   # of arrays of floats it is in [0, 1], of whole numbers up to their largest
         kind = np.dtype(getattr(image, "dtype", np.uint8))
         share = (alpha / (np.iinfo(kind).max if kind.kind in "ui" else 1)).clamp(0, 1)
         x = (x.float() * share + 255 * (1 - share)).round().to(torch.uint8)
-    return x.expand(-1, -1, 3).contiguous()
+    shape, count = shape or tuple(x.shape[:2]), x.shape[0] * x.shape[1]
+    if most and count > most:
+        x = shrink(x, math.ceil(math.sqrt(count / most))).round().to(torch.uint8)
+    return x.expand(-1, -1, 3).contiguous(), shape
 
 
-def to_array(image: Any, name: str, rgb: bool) -> tuple[Tensor, str]:
-    """Path, PIL image, array or (C, H, W) tensor as (H, W, C) on the CPU; its name in errors."""
+def shrink(x: Tensor, block: int) -> Tensor:
+    """(H, W, C) -> (H / block, W / block, C) float32 means of square blocks, those at the edge of
+    what is there; in strips, for as floats 48 million pixels take 0.6 GB."""
+    pool = functools.partial(F.avg_pool2d, kernel_size=block, ceil_mode=True)
+    strips = [pool(rearrange(strip, "h w c -> c h w").float()) for strip in x.split(64 * block)]
+    return rearrange(torch.cat(strips, dim=1), "c h w -> h w c")
+
+
+def to_array(image: Any, name: str, rgb: bool,
+             most: int | None = None) -> tuple[Tensor, str, tuple[int, int] | None]:
+    """Path, PIL image, array or (C, H, W) tensor as (H, W, C) on the CPU; its name in errors; its
+    (h, w) where a file was read at a reduced size."""
+    shape = None
     if (path := isinstance(image, (str, os.PathLike))) or hasattr(image, "getbands"):   # PIL's
-        picture, name = open_image(image, name), f"{name} {os.fspath(image)!r}" if path else name
+        picture, shape = open_image(image, name, most)
+        name = f"{name} {os.fspath(image)!r}" if path else name
         plain = ("L", "RGB", "RGBA", "I", "F", "I;16") + (() if rgb else ("1", "P"))
         clear = rgb and ("transparency" in picture.info or picture.mode[-1] in "PAa")
         if clear or picture.mode[:4] not in plain:
@@ -890,7 +915,7 @@ def to_array(image: Any, name: str, rgb: bool) -> tuple[Tensor, str]:
         check(image.ndim in (2, 3) and (not rgb or image.shape[:-2] == (3,)), f"{name}: expected a "
               f"(3, H, W) tensor, got shape {tuple(image.shape)}; a NumPy array may be (H, W, 3)")
         x = image.detach().cpu()
-        return (x.permute(1, 2, 0) if x.ndim == 3 else x), name
+        return (x.permute(1, 2, 0) if x.ndim == 3 else x), name, shape
     check(isinstance(image, np.ndarray), f"{name}: expected a path, PIL image, NumPy array or "
           f"tensor, got {brief(image)}", TypeError)
     kind, size = image.dtype.kind, image.dtype.itemsize
@@ -898,11 +923,12 @@ def to_array(image: Any, name: str, rgb: bool) -> tuple[Tensor, str]:
           f"array of dtype {image.dtype}; pass uint8", TypeError)
     # torch knows few operations on wide unsigned numbers
     image = image.astype(np.int64 if kind == "u" and size > 1 else image.dtype.newbyteorder("="))
-    return torch.from_numpy(np.ascontiguousarray(image)), name
+    return torch.from_numpy(np.ascontiguousarray(image)), name, shape
 
 
-def open_image(image: Any, name: str):
-    """The PIL image given or in a file, read whole and turned upright (EXIF)."""
+def open_image(image: Any, name: str, most: int | None = None):
+    """The PIL image given or in a file, turned upright (EXIF), and its (h, w). It is read whole, or
+    where it has more than `most` pixels at a reduced size, if the format can (JPEG)."""
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
@@ -912,23 +938,79 @@ def open_image(image: Any, name: str):
     check(not path or Path(image).is_file(), f"{name}: no file at {what}", FileNotFoundError)
     try:
         with Image.open(image) if path else contextlib.nullcontext(image) as picture:
+            w, h = picture.size
+            if path and most and w * h > most:
+                picture.draft(None, [int(n * math.sqrt(most / (w * h))) for n in (w, h)])
             picture.load()
-            return ImageOps.exif_transpose(picture)
+            turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)   # by a quarter
+            return ImageOps.exif_transpose(picture), ((w, h) if turned else (h, w))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name}: {what} is not a readable image ({error}); resave it") from error
 
 
 def to_mask(mask: Any, shape: tuple[int, int], name: str = "mask") -> Tensor:
     """A mask as an (H, W) bool tensor: anything not 0 is marked; alpha says nothing. Takes what
-    `to_rgb` takes. ValueError if it has not the image's (height, width) or marks no pixel."""
-    x, name = to_array(mask, name, rgb=False)
-    if x.ndim == 3:
-        alpha = x.shape[-1] in (2, 4) and not isinstance(mask, Tensor)
-        x = (x[..., :-1] if alpha else x).ne(0).any(dim=-1)
-    check(x.shape == tuple(shape), f"{name}: expected the image's size {tuple(shape)} (height, "
-          f"width), got {tuple(x.shape)}; resize it with nearest-neighbour interpolation")
-    check(x.any(), f"{name}: nothing is marked in it (all 0); mark a pixel, or pass it in normals=")
-    return x != 0
+    `to_rgb` takes. ValueError if it has not the image's (height, width), marks no pixel or is a
+    picture itself; a warning if it marks more than half."""
+    x, name, _ = to_array(mask, name, rgb=False)
+    x = x[..., None] if x.ndim == 2 else x
+    x = x[..., :-1] if x.shape[-1] in (2, 4) and not isinstance(mask, Tensor) else x
+    marked = x.ne(0).any(dim=-1)
+    check(marked.shape == tuple(shape), f"{name}: expected the image's size {tuple(shape)} (height,"
+          f" width), got {tuple(marked.shape)}; resize it with nearest-neighbour interpolation")
+    check(marked.any(), f"{name}: nothing is marked in it (all 0); mark a pixel, or pass it in "
+          "normals=")
+    # a mask is of few values or even areas, in a picture each pixel differs from the next
+    changes = x[:, 1:].ne(x[:, :-1]).any(dim=-1).float().mean()
+    check(changes < 0.15 or len(x[..., 0].unique()) < 32, f"{name}: is a picture, not a mask; save "
+          "what is marked alone, white on black, or give a box (x0, y0, x1, y1) in its place")
+    share = float(marked.float().mean())
+    if share > 0.5:
+        warnings.warn(f"{name}: {share:.0%} marked; if the defect is the rest, invert it")
+    return marked
+
+
+def read_marks(path: Any, image: Any, shape: tuple[int, int], name: str) -> dict[str, np.ndarray]:
+    """Label -> (h, w) bool mask of what a JSON file outlines in an image: polygons and rectangles
+    of LabelMe, or COCO's annotations of the image's file name. ValueError if there are none."""
+    try:
+        from pycocotools import mask as coco
+    except ImportError as error:
+        raise ImportError('outlines in JSON need pycocotools: pip install "icas[coco]"') from error
+    name, (h, w), found = f"{name} {os.fspath(path)!r}", shape, {}
+    check(Path(path).is_file(), f"{name}: no such file", FileNotFoundError)
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        if "shapes" in data:
+            size, rows = (data["imageHeight"], data["imageWidth"]), []
+            for drawn in data["shapes"]:
+                points, kind = np.array(drawn["points"], dtype=float), drawn["shape_type"]
+                check(kind in ("polygon", "rectangle"), f"shape_type {kind!r} has no area")
+                low, size_xy = points.min(axis=0), np.ptp(points, axis=0)
+                box = np.concatenate([low, size_xy])[None]   # for pycocotools a box is an array
+                outlines = box if kind == "rectangle" else [points.ravel().tolist()]
+                rows.append((drawn["label"], outlines))
+        else:
+            own = Path(os.path.abspath(image)).parts
+            names = {c["id"]: c["name"] for c in data["categories"]}
+            entry, = [x for x in data["images"] if own[-len(p := Path(x["file_name"]).parts):] == p]
+            size = entry["height"], entry["width"]
+            rows = [(names[x["category_id"]], x.get("segmentation") or np.array([x["bbox"]], float))
+                    for x in data["annotations"] if x["image_id"] == entry["id"]]
+        check(size == shape, f"made for a picture of {size} (height, width), this has {shape}")
+        for label, outlines in rows:   # run lengths are a dict, compressed ones of text
+            done = isinstance(outlines, dict) and not isinstance(outlines["counts"], list)
+            codes = outlines if done else coco.frPyObjects(outlines, h, w)
+            mask = coco.decode(coco.merge(codes) if isinstance(codes, list) else codes) > 0
+            check(mask.shape == shape, f"{label!r} is outlined at another size, {mask.shape}")
+            found[label or "defect"] = found.get(label or "defect", False) | mask
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{name}: holds no outlines of this image as LabelMe or COCO save them "
+                         f"({type(error).__name__}: {error})") from error
+    check(found, f"{name}: nothing is outlined in it")
+    for label, mask in found.items():
+        check(mask.any(), f"{name}: nothing is marked in it as {label!r}")
+    return found
 
 
 def token_grid(h: int, w: int, config: Config) -> tuple[int, int]:
@@ -944,8 +1026,12 @@ class EncodedImage(NamedTuple):
     kind: str                # `ICAS.kind` of the model that made it
 
 
+PIXELS = 1 << 22   # of a larger picture whole blocks of pixels are seen as one
+
+
 @torch.inference_mode()
-def encode_image(image: Any, name: str = "image", *, model: ICAS | None = None) -> EncodedImage:
+def encode_image(image: Any, name: str = "image", *, value_range: Sequence[float] | None = None,
+                 model: ICAS | None = None) -> EncodedImage:
     """Encode a picture once, for any number of calls with it; one encoded before is given back.
     Arguments, errors: as in `to_rgb`; ValueError if another model encoded it.
 
@@ -956,10 +1042,15 @@ def encode_image(image: Any, name: str = "image", *, model: ICAS | None = None) 
     if isinstance(image, EncodedImage):
         check_kind(name, image.kind, model.kind)
         return image
-    x = rearrange(to_rgb(image, name).to(model.device), "h w c -> 1 c h w").float() / 255
-    size = [n * model.config.patch_size for n in token_grid(*x.shape[2:], model.config)]
+    return encode_pixels(*read_rgb(image, name, value_range, PIXELS), model)
+
+
+def encode_pixels(pixels: Tensor, shape: tuple[int, int], model: ICAS) -> EncodedImage:
+    """Encode (H, W, 3) uint8 pixels of a picture of (h, w), reduced or not."""
+    x = rearrange(pixels.to(model.device), "h w c -> 1 c h w").float() / 255
+    size = [n * model.config.patch_size for n in token_grid(*shape, model.config)]
     seen = F.interpolate(x, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-    return EncodedImage(model.describe(seen), tuple(x.shape[2:]), model.kind)
+    return EncodedImage(model.describe(seen), shape, model.kind)
 
 
 def check_model(model: ICAS | None) -> ICAS:
@@ -1033,13 +1124,16 @@ class References:
 
 @torch.inference_mode()
 def encode(anomalies: Sequence = (), normals: Sequence = (), *, turns: bool | None = None,
-           model: ICAS | None = None) -> References:
+           value_range: Sequence[float] | None = None, model: ICAS | None = None) -> References:
     """Encode prompts once, to reuse with `segment` and `detect` (mask pooling, Sec. 3.1).
 
-    anomalies  (image, mask) or (image, mask, label) each; the label "defect" if none is given.
+    anomalies  (image, mask) or (image, mask, label) each. The mask as in `to_mask`; or a box (x0,
+               y0, x1, y1) in pixels; or a path to a .json of LabelMe or COCO, whose labels count
+               if none is given. Else the label is "defect".
     normals    images of good parts.
     turns      None: marked anomalies are encoded in their eight flips and quarter turns, good parts
                in the four that keep their shape, if at most 40. True: all in eight. False: none.
+    value_range   as in `to_rgb`, of every image.
     Raises ValueError, TypeError or FileNotFoundError, with the argument's place in the message.
 
         encode(anomalies=[("scratched.png", "mask.png", "scratch")]).save("scratch.safetensors")
@@ -1053,21 +1147,45 @@ def encode(anomalies: Sequence = (), normals: Sequence = (), *, turns: bool | No
     for i, entry in enumerate(anomalies):
         check(isinstance(entry, (tuple, list)) and len(entry) in (2, 3), f"anomalies[{i}]: expected"
               f" (image, mask) or (image, mask, label), got {brief(entry)}", TypeError)
-        entries.append((f"anomalies[{i}]", *entry, "defect")[:4])
-        check(isinstance(label := entries[-1][3], str) and label, f"anomalies[{i}]: expected a "
-              f"non-empty string as label, got {label!r}", TypeError)
+        entries.append((f"anomalies[{i}]", *entry, None)[:4])
+        check(len(entry) == 2 or isinstance(entry[2], str) and entry[2], f"anomalies[{i}]: expected"
+              f" a non-empty string as label, got {entry[-1]!r}", TypeError)
     entries += [(f"normals[{i}]", image, None, "") for i, image in enumerate(normals)]
     few = range(8) if turns else (0,) if turns is False or len(normals) > 40 else (0, 2, 4, 6)
-    for name, image, mask, label in entries:
-        image = to_rgb(image, f"{name} image" if label else name)
-        size, digest = image.shape[:2], hashlib.sha256(image.numpy().tobytes()).hexdigest()[:16]
-        mask = to_mask(mask, size, f"{name} mask").float() if label else torch.zeros(size)
-        for turn in range(8) if label and turns is None else few:   # from 4 on mirrored
-            pixels, marked = (torch.rot90(x.flip(1) if turn > 3 else x, turn % 4)
-                              for x in (image, mask))
-            seen, sides = encode_image(pixels.permute(2, 0, 1), model=model), [marked, 1 - marked]
-            shots.append(make_shot(seen.features, torch.stack(sides), label, digest, turn))
+    for name, given, mask, label in entries:
+        what = name if label == "" else f"{name} image"
+        image, shape = read_rgb(given, what, value_range, PIXELS)
+        digest = hashlib.sha256(image.numpy().tobytes()).hexdigest()[:16]
+        marks = {"": None} if label == "" else read_mask(mask, given, shape, f"{name} mask", label)
+        for label, mask in marks.items():
+            marked = torch.zeros(image.shape[:2]) if mask is None else mask.float()
+            if marked.shape != image.shape[:2]:   # the image was reduced
+                marked = F.adaptive_avg_pool2d(marked[None], image.shape[:2])[0]
+            for turn in range(8) if label and turns is None else few:   # from 4 on mirrored
+                pixels, side = (torch.rot90(x.flip(1) if turn > 3 else x, turn % 4).contiguous()
+                                for x in (image, marked))   # resized slowly if not contiguous
+                seen = encode_pixels(pixels, pixels.shape[:2], model)
+                sides = torch.stack([side, 1 - side])
+                shots.append(make_shot(seen.features, sides, label, digest, turn))
     return References(shots, model.kind)
+
+
+def read_mask(mask: Any, image: Any, shape: tuple[int, int], name: str,
+              label: str | None) -> dict[str, Tensor]:
+    """Label -> (h, w) bool mask: of an image's mask, box or JSON file, as `encode` takes them."""
+    if isinstance(mask, (str, os.PathLike)) and Path(mask).suffix.lower() == ".json":
+        found = {k: torch.from_numpy(m) for k, m in read_marks(mask, image, shape, name).items()}
+        return found if label is None else {label: torch.stack([*found.values()]).any(dim=0)}
+    if isinstance(mask, (tuple, list)):
+        check(np.shape(mask) == (4,), f"{name}: expected a mask, a path or a box (x0, y0, x1, y1), "
+              f"got {brief(mask)}", TypeError)
+        try:
+            (x0, y0, x1, y1), = check_places([mask], "boxes", *shape)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {str(error).removeprefix('boxes: ')}") from error
+        mask = np.zeros(shape, bool)
+        mask[int(y0):math.ceil(y1), int(x0):math.ceil(x1)] = True
+    return {label or "defect": to_mask(mask, shape, name)}
 
 
 def make_shot(features: Features, sides: Tensor, label: str, name: str = "", turn: int = 0) -> Shot:
@@ -1122,16 +1240,17 @@ class Prepared:
     """References ready for many calls: `prepare` makes it. What is not asked for is not made."""
     model: ICAS
     references: References
+    made: dict[str, Prompt] = field(default_factory=dict)
 
     def join(self, more: References) -> "Prepared":   # for one call: what it makes is not kept
         return Prepared(self.model, self.references + more) if more.shots else self
 
-    @functools.cached_property
-    def prompts(self) -> dict[str, Prompt]:
-        """Label -> prompt of its marked shots with all good parts; "" of good parts alone."""
-        shots = self.references.shots
-        return {label: pool_shots(self.model, [s for s in shots if s.label in (label, "")])
-                for label in self.references.labels or [""] if shots}
+    def prompt(self, label: str) -> Prompt:
+        """Of a label's marked shots with all good parts; "" is of good parts alone."""
+        if label not in self.made:
+            shots = [s for s in self.references.shots if s.label in (label, "")]
+            self.made[label] = pool_shots(self.model, shots)
+        return self.made[label]
 
     @functools.cached_property
     def reference_masks(self) -> Tensor | None:
@@ -1150,6 +1269,8 @@ class Prepared:
 
     @functools.cached_property
     def good(self) -> GoodParts:
+        check(self.references.normals, "normals: detect needs at least one good part; pass normals="
+              "[image] (--normal IMAGE), or use segment for marked defects")
         return learn_good(self.model, self.references.normals)
 
 
@@ -1187,15 +1308,18 @@ def disks(points: Sequence[tuple[float, float]], h: int, w: int, scale: float = 
 
 
 def mark_sides(shape: tuple[int, int], points, point_labels, boxes, mask) -> Tensor:
-    """(3, H, W): what clicks, boxes or a mask on the target itself mark; what is surely not it; the
-    negative clicks. With one these alone are surely not, for the rest of a defect may lie anywhere;
-    without, the picture outside three radii of the clicks and the boxes enlarged by 10 %."""
+    """(3, H, W), of a large picture reduced: what clicks, boxes or a mask on the target itself
+    mark; what is surely not it; the negative clicks. With one these alone are surely not, for the
+    rest of a defect may lie anywhere; without, the picture outside three radii of the clicks and
+    the boxes enlarged by 10 %."""
     h, w = shape
     points, boxes = check_places(points, "points", h, w), check_places(boxes, "boxes", h, w)
     labels = np.array([1] * len(points) if point_labels is None else point_labels, dtype=object)
     check(labels.shape == (len(points),) and all(x in (0, 1) for x in labels),
           f"point_labels: expected one 1 (defect) or 0 (not) for each of "
           f"{len(points)} points, got {point_labels!r}")
+    block = math.ceil(math.sqrt(h * w / PIXELS))
+    points, boxes, h, w = points / block, boxes / block, math.ceil(h / block), math.ceil(w / block)
     positive, negative = points[labels == 1].tolist(), points[labels == 0].tolist()
     foreground, background, outside = disks(positive, h, w), disks(negative, h, w), torch.ones(h, w)
     for x0, y0, x1, y1 in boxes:
@@ -1203,7 +1327,7 @@ def mark_sides(shape: tuple[int, int], points, point_labels, boxes, mask) -> Ten
         x, y = 0.05 * (x1 - x0), 0.05 * (y1 - y0)
         outside[max(0, int(y0 - y)):math.ceil(y1 + y), max(0, int(x0 - x)):math.ceil(x1 + x)] = 0
     if mask is not None:
-        marked = to_mask(mask, shape)
+        marked = shrink(to_mask(mask, shape)[..., None], block)[..., 0] > 0
         foreground[marked], outside[marked] = 1, 0
     check(foreground.any(), "points: expected at least one positive point, a box or a mask; got "
           "only negative points")
@@ -1235,37 +1359,72 @@ def check_places(value: Any, name: str, h: int, w: int) -> np.ndarray:
 SURE = 1.0  # log-odds beyond which a first look at clicks is believed
 
 
-def join_sure(sides: Tensor, odds: Tensor) -> Tensor:
+def join_sure(sides: Tensor, odds: np.ndarray) -> Tensor:
     """`mark_sides` and what a first look (H, W) is sure of: a mask in place of a few disks."""
+    odds = torch.from_numpy(odds)
     foreground = (sides[0] > 0) | (odds > SURE) & (sides[2] == 0)
     background = ~foreground & ((odds < -SURE) | (sides[2] > 0))
     return torch.stack([foreground, background, sides[2] > 0]).float()
 
 
-@dataclass(frozen=True)
-class Segmentation:
-    """What `segment` finds in one image, at the image's own height and width."""
-    mask: np.ndarray            # (h, w) bool: score > threshold
-    score: np.ndarray           # (h, w) float32 in [0, 1], higher is more anomalous
-    labels: list[str]           # one name a map of label_scores
-    label_scores: np.ndarray    # (n, h, w) float32 in [0, 1]; score is the largest of them
-    threshold: float            # in units of score
-    parts: dict[str, np.ndarray] = field(default_factory=dict)   # of the first label, if asked for
+class Marked:
+    """What both results can do with their `mask`, `labels` and `label_scores`."""
 
     def boxes(self) -> list[dict]:
         """Connected regions (8 neighbours), largest first: {"bbox": [x, y, w, h] pixels, "area":
         pixels, "score": its highest, "label"} each."""
         found = []
         for (rows, columns), inside in regions(self.mask):
-            means = self.label_scores[:, rows, columns][:, inside].mean(axis=1)
+            scores = self.label_scores[:, rows, columns]   # without a copy: regions can be large
+            means = [x.mean(where=inside) for x in scores]
             found.append({"bbox": [columns.start, rows.start, *inside.shape[::-1]],
-                          "area": int(inside.sum()), "label": self.labels[means.argmax()],
-                          "score": float(self.score[rows, columns][inside].max())})
+                          "area": int(inside.sum()), "label": self.labels[np.argmax(means)],
+                          "score": float(max(x.max(where=inside, initial=0) for x in scores))})
         return found
 
     def rle(self) -> dict:
         """COCO run-length encoding of the mask, ready for JSON; needs pycocotools."""
         return run_lengths(self.mask)
+
+
+@dataclass(frozen=True)
+class Segmentation(Marked):
+    """What `segment` finds in one image; `dataclasses.replace(it, threshold=t)` marks it anew."""
+    maps: np.ndarray            # (n, H, W) float32 log-odds as they were computed, a map a label
+    labels: list[str]           # the labels' names
+    shape: tuple[int, int]      # (h, w) of the image
+    threshold: float            # in units of score
+    parts: dict[str, np.ndarray] = field(default_factory=dict)   # of the first label, if asked for
+
+    @functools.cached_property
+    def label_scores(self) -> np.ndarray:
+        """(n, h, w) float32 in [0, 1], higher is more anomalous."""
+        return to_shape(self.maps, self.shape, torch.Tensor.sigmoid_)
+
+    @functools.cached_property
+    def score(self) -> np.ndarray:
+        """(h, w) float32 in [0, 1]: the largest of the labels' scores."""
+        scores = self.label_scores
+        return scores[0] if len(scores) == 1 else scores.max(axis=0)
+
+    @functools.cached_property
+    def mask(self) -> np.ndarray:
+        """(h, w) bool: score > threshold."""
+        return self.score > self.threshold
+
+    @property
+    def is_anomalous(self) -> bool:
+        return bool(self.mask.any())
+
+
+def to_shape(maps: np.ndarray, shape: tuple[int, int], change: Callable | None = None):
+    """(n, h, w) float32 of (n, H, W), bilinear, one at a time; `change` works on each in place."""
+    resized = np.empty((len(maps), *shape), np.float32)
+    for x, out in zip(torch.from_numpy(maps), torch.from_numpy(resized)):
+        out.copy_(F.interpolate(x[None, None], size=shape, mode="bilinear")[0, 0])
+        if change:
+            change(out)
+    return resized
 
 
 def regions(mask: np.ndarray) -> list[tuple[tuple[slice, slice], np.ndarray]]:
@@ -1336,7 +1495,8 @@ def segment(images: Any, references: References | Prepared | None = None, *,
 
     images       one image or a list, as in `to_rgb` or from `encode_image`. One in gives one out.
     references   from `encode` or `prepare`; `anomalies`, `normals` as in `encode`, for this call.
-                 Of good parts alone the map is that of `detect`, 0.5 at its threshold for 1 %.
+                 Of good parts alone the map is that of `detect`, 0.5 at its threshold. Four or
+                 more beside a marked anomaly keep regions unmarked that look like them.
     points, ...  marks on the image itself, of which there is one: points (x, y), with point_labels
                  1 (defect, the default) or 0; boxes (x0, y0, x1, y1), all in pixels; mask (h, w).
     threshold    in [0, 1]; 0.5 by default.
@@ -1364,29 +1524,44 @@ def segment(images: Any, references: References | Prepared | None = None, *,
             for look in range(1 if points is None else 2):
                 if look:   # clicks say nothing of a defect's size: half of the detail at first
                     first = label_parts(used, image, "defect", weight=0.5)["icas"]
-                    sides = join_sure(sides, first.cpu())
+                    first = to_shape(first[None].cpu().numpy(), sides.shape[1:])[0]
+                    sides = join_sure(sides, first)
                 shot = make_shot(image.features, sides[:2], "defect")
                 used = ready.join(References([shot], ready.model.kind))
-        found = {label: label_parts(used, image, label, parts) for label in used.prompts}
-        maps = torch.stack([p["icas"] for p in found.values()]).sigmoid().cpu().numpy()
-        first = {k: v.cpu().numpy() for k, v in next(iter(found.values())).items()} if parts else {}
-        best, labels = maps.max(axis=0), [label or "anomaly" for label in found]
-        return Segmentation(best > cut, best, labels, maps, cut, first)
+        labels, shown = used.references.labels or [""], {}
+        found = [label_parts(used, image, label, parts) for label in labels]
+        if used.references.labels and len({s.image for s in ready.references.normals}) >= 4:
+            far = most_novel(good_maps(ready, image.features), image.features)
+            limit = upper_limit(ready.good.scores, 0.3)
+            for p in found:
+                p["icas"] = leave_good(p["icas"], far / limit)
+        maps = torch.stack([p["icas"] for p in found]).cpu().numpy()
+        if parts:
+            shown = {name: to_shape(x[None].cpu().numpy(), image.shape)[0]
+                     for name, x in found[0].items()}
+        names = [label or "anomaly" for label in labels]
+        return Segmentation(maps, names, image.shape, cut, shown)
     return each_image(images, ready.model, find)
 
 
 def label_parts(ready: Prepared, image: EncodedImage, label: str, every: bool = False,
                 weight: float | None = None) -> dict[str, Tensor]:
-    """`score_parts` of one label, as (h, w) maps of the image; "" is of good parts alone."""
+    """`score_parts` of one label, "icas" alone unless `every`; the label "" is of good parts."""
     masks, parts = ready.reference_masks if every else None, {}
     if label or every:
-        parts = score_parts(ready.model, image.features, ready.prompts[label], masks, every, weight)
-    parts = {name: F.interpolate(x[None, None], size=image.shape, mode="bilinear")[0, 0]
-             for name, x in parts.items() if every or name == "icas"}
+        parts = score_parts(ready.model, image.features, ready.prompt(label), masks, every, weight)
     if not label:
-        far = most_novel(good_maps(ready, image.features), image.shape)
-        parts["icas"] = 4 * (far / good_threshold(ready, 0.01) - 1)
-    return parts
+        far = most_novel(good_maps(ready, image.features), image.features)
+        parts["icas"] = 4 * (far / upper_limit(ready.good.scores, RATE) - 1)
+    return parts if every else {"icas": parts["icas"]}
+
+
+def leave_good(odds: Tensor, novelty: Tensor) -> Tensor:
+    """Log-odds (H, W) with each region above 0 that is nowhere novel, above 1, put below 0."""
+    inside, _ = scipy.ndimage.label(odds.cpu().numpy() > 0, np.ones((3, 3)))
+    highest = scipy.ndimage.maximum(novelty.cpu().numpy(), inside, np.arange(inside.max() + 1))
+    highest[highest > 1], highest[0] = np.inf, np.inf   # region 0 is what lies outside all
+    return odds.minimum(torch.from_numpy(4 * (highest - 1)).to(odds)[torch.from_numpy(inside)])
 
 
 def check_threshold(threshold: float | None) -> float:
@@ -1398,13 +1573,33 @@ def check_threshold(threshold: float | None) -> float:
 # ---- 3.4 Inference: detect -----------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class Detection:
-    """What `detect` says of one image. The unit is what an unseen good part scores, on average."""
+class Detection(Marked):
+    """What `detect` says of one image; `dataclasses.replace(it, threshold=t)` judges it anew. The
+    unit of scores, map and threshold is what an unseen good part scores, on average."""
     score: float            # mean of the top 1 % of tokens, of the level where it is highest
-    map: np.ndarray         # (h, w) float32, the same unit, higher is more anomalous
+    maps: np.ndarray        # (1, H, W) float32 as computed: the largest of the levels
+    shape: tuple[int, int]  # (h, w) of the image
     threshold: float        # from the good parts alone
-    is_anomalous: bool      # score > threshold
     parts: dict[str, float] = field(default_factory=dict)   # the score by each level, if asked for
+    labels = ("anomaly",)
+
+    @property
+    def is_anomalous(self) -> bool:
+        return self.score > self.threshold
+
+    @property
+    def label_scores(self) -> np.ndarray:
+        return self.map[None]
+
+    @functools.cached_property
+    def map(self) -> np.ndarray:
+        """(h, w) float32, higher is more anomalous."""
+        return to_shape(self.maps, self.shape)[0]
+
+    @functools.cached_property
+    def mask(self) -> np.ndarray:
+        """(h, w) bool: map > threshold; nothing in an image that is not anomalous."""
+        return (self.map > self.threshold) & self.is_anomalous
 
 
 class GoodParts(NamedTuple):
@@ -1457,28 +1652,44 @@ def good_maps(ready: Prepared, features: Features) -> dict[str, Tensor]:
             for (name, (tokens, grid)), bank, typical in zip(levels, *ready.good[:2])}
 
 
-def most_novel(maps: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
-    """(h, w) largest of the maps of `good_maps`: which level is right differs from part to part."""
-    return torch.stack([F.interpolate(m[None, None], size=shape, mode="bilinear")[0, 0]
-                        for m in maps.values()]).amax(dim=0)
+def most_novel(maps: dict[str, Tensor], features: Features) -> Tensor:
+    """(4 H0, 4 W0) largest of `good_maps`: which level is right differs from part to part."""
+    size = [4 * n for n in features.maps.shape[-2:]]
+    return torch.cat([F.interpolate(m[None, None], size=size, mode="bilinear")[0]
+                      for m in maps.values()]).amax(dim=0)
 
 
-def good_threshold(ready: Prepared, rate: float) -> float:
-    """Score that unseen good parts exceed at the rate, from leave-one-out scores of k good parts:
-    Student's upper prediction limit, its spread shrunk towards 15 % of the mean (worth 8 parts)."""
+RATE = 0.08   # false positive rate of `detect` by default
+
+
+def good_spread(scores: Sequence[float]) -> tuple[float, float, int]:
+    """Of an unseen good part, from leave-one-out scores of k good parts: median and spread of its
+    score, and the degrees of freedom of Student's t. The spread is that of the median deviation,
+    for one odd good part must not decide, shrunk towards 20 % of the median (worth 8 parts)."""
+    x, worth = np.asarray(scores), 8
+    freedom, middle = worth + len(x) - 1, np.median(x)
+    deviation = 1.4826 * np.median(abs(x - middle))
+    variance = (worth * (0.2 * middle) ** 2 + (len(x) - 1) * deviation ** 2) / freedom
+    return float(middle), float(np.sqrt(variance * (1 + 1 / len(x)))), freedom
+
+
+def upper_limit(scores: Sequence[float], rate: float) -> float:
+    """The score that unseen good parts exceed at the rate."""
     check(isinstance(rate, numbers.Real) and 0 < rate < 1,
           f"false_positive_rate: expected a number between 0 and 1, got {rate!r}")
-    check(ready.references.normals, "normals: detect needs at least one good part; pass normals="
-          "[image] (--normal IMAGE), or use segment for marked defects")
-    x, worth = ready.good.scores, 8
-    freedom, mean = worth + len(x) - 1, x.mean()
-    spread = math.sqrt((worth * (0.15 * mean) ** 2 + ((x - mean) ** 2).sum()) / freedom)
-    return float(mean + scipy.stats.t.ppf(1 - rate, freedom) * spread * math.sqrt(1 + 1 / len(x)))
+    middle, spread, freedom = good_spread(scores)
+    return float(middle - scipy.special.stdtrit(freedom, rate) * spread)
+
+
+def false_positives(scores: Sequence[float], threshold: float) -> float:
+    """The rate at which unseen good parts exceed the threshold: `upper_limit` read backwards."""
+    middle, spread, freedom = good_spread(scores)
+    return float(scipy.special.stdtr(freedom, (middle - threshold) / spread))
 
 
 @torch.inference_mode()
 def detect(images: Any, references: References | Prepared | None = None, *, normals: Sequence = (),
-           false_positive_rate: float = 0.01, parts: bool = False,
+           false_positive_rate: float = RATE, parts: bool = False,
            model: ICAS | None = None) -> Detection | list[Detection]:
     """Say which images are anomalous, from a few good parts (few-shot detection, Sec. 3.4).
 
@@ -1492,13 +1703,13 @@ def detect(images: Any, references: References | Prepared | None = None, *, norm
     """
     ready = prepare(References() if references is None else references, model=model)
     ready = ready.join(encode(normals=normals, model=ready.model))
-    threshold = good_threshold(ready, false_positive_rate)
+    threshold = upper_limit(ready.good.scores, false_positive_rate)
 
     def find(image: EncodedImage) -> Detection:
         maps = good_maps(ready, image.features)
         tops = {name: float(top_share(m)) for name, m in maps.items()}
-        score, whole = max(tops.values()), most_novel(maps, image.shape).cpu().numpy()
-        return Detection(score, whole, threshold, score > threshold, tops if parts else {})
+        far = most_novel(maps, image.features)[None].cpu().numpy()
+        return Detection(max(tops.values()), far, image.shape, threshold, tops if parts else {})
     return each_image(images, ready.model, find)
 
 
@@ -1506,6 +1717,7 @@ def detect(images: Any, references: References | Prepared | None = None, *, norm
 
 CHECKPOINT = "icas-vits14.safetensors"      # the shipped one; both encoders lie beside it
 DETAIL = "detail-lite2.safetensors"
+REPORT = "report.html"                      # of a run, to be filled
 
 
 def write_file(path: str | os.PathLike, tensors: dict[str, Tensor], meta: dict[str, str]) -> None:
@@ -1569,17 +1781,16 @@ def load(path: str | os.PathLike | None = None, *, encoder: str | os.PathLike | 
     device, own = check_device(device), None
     with contextlib.suppress(FileNotFoundError):   # a copied icas.py may have no shipped one
         own = shipped_path()
-    if path is None and encoder is not None:
-        state, found = convert(encoder), sha256(encoder)
-        if own and read_file(own, "path", "icas-2")[1].get("encoder_sha256") == found:
-            path = own
-        else:
-            name, config = repr(os.fspath(encoder)), Config(encoder_name(state, os.fspath(encoder)))
-            model = finish(start(state, found, config, False, f"encoder {name}"), device, compile)
-            warnings.warn(f"no decoder is trained for {name}: segment goes by matching alone "
-                          "(detect needs no decoder); train.py --encoder trains one", stacklevel=3)
-            return model   # stacklevel 3: over the decorator's frame
-    path = shipped_path() if path is None else path
+    found = sha256(encoder) if encoder is not None and Path(encoder).is_file() else ""
+    if path is None and encoder is not None and not (
+            own and read_file(own, "path", "icas-2")[1].get("encoder_sha256") == found):
+        state, name = convert(encoder), repr(os.fspath(encoder))
+        config = Config(encoder_name(state, os.fspath(encoder)))
+        model = finish(start(state, found, config, False, f"encoder {name}"), device, compile)
+        warnings.warn(f"no decoder is trained for {name}: segment goes by matching alone (detect "
+                      "needs no decoder); train.py --encoder trains one", stacklevel=3)
+        return model   # stacklevel 3: over the decorator's frame
+    path = path or own or shipped_path()
     tensors, meta = read_file(path, "path", "icas-2")
     try:
         config = Config(**json.loads(meta["config"]))
@@ -1593,9 +1804,8 @@ def load(path: str | os.PathLike | None = None, *, encoder: str | os.PathLike | 
         encoder = next((file for file in beside if sha256(file) == wanted), None)
         check(encoder, f"encoder: no file with SHA-256 {wanted} beside {os.fspath(path)!r}; pass "
               "encoder=", FileNotFoundError)
-    elif Path(encoder).is_file() and (found := sha256(encoder)) != wanted:
-        raise ValueError(f"encoder: {os.fspath(encoder)!r} has SHA-256 {found}, the checkpoint was "
-                         f"trained with {wanted}; pass that file, or train.py --encoder for this")
+    check(found in ("", wanted), f"encoder: {os.fspath(encoder)!r} has SHA-256 {found}, the "
+          f"checkpoint was trained with {wanted}; pass that file, or train.py --encoder for this")
     model = start(convert(encoder), wanted, config, name=f"encoder {os.fspath(encoder)!r}")
     load_state(model.decoder, tensors, os.fspath(path))
     return finish(model, device, compile)
@@ -1718,83 +1928,72 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 
 def overlay(image: Any, heat: np.ndarray, mask: np.ndarray, low: float = 0.0,
             high: float = 1.0) -> np.ndarray:
-    """(h, w, 3) uint8: the image, the heat map, a white contour of the mask and a scale bar.
+    """(h, w, 3) uint8: the image, the heat map, a white contour of the mask and a scale with its
+    two ends in numbers, where there is room for them.
 
     heat (h, w), coloured from `low` (blue) to `high` (red): give one range to all images of a run,
     or good parts look red. mask (h, w) bool.
     """
-    def paint(level: np.ndarray) -> np.ndarray:
-        return np.stack([np.interp(level, np.linspace(0, 1, 5), c) for c in HEAT.T], axis=-1)
-    base, (h, w) = to_rgb(image).numpy().astype(np.float32), mask.shape
-    level = np.clip((heat - low) / max(high - low, 1e-9), 0, 1)
-    alpha = (0.65 * np.clip(level * 2, 0, 1))[..., None]
-    result = base * (1 - alpha) + paint(level) * alpha
+    table = np.stack([np.interp(np.linspace(0, 4, 256), range(5), c) for c in HEAT.T], axis=-1)
+    base, (h, w), side = to_rgb(image).numpy(), mask.shape, max(10, min(mask.shape) // 24)
+    level = (np.clip((heat - low) / max(high - low, 1e-9), 0, 1) * 255).astype(np.uint8)
+    alpha = np.minimum(0.65, np.arange(256) * 1.3 / 255).astype(np.float32)
+    result = base * (1 - alpha)[level][..., None] + (table * alpha[:, None])[level]
     outline = scipy.ndimage.binary_dilation(mask, iterations=max(1, round(min(h, w) / 200))) & ~mask
+    result = result.round().astype(np.uint8)
     result[outline] = 255
-    strip = paint(np.linspace(0, 1, max(1, w // 3)))
-    result[h - max(1, h // 40):, :len(strip)] = strip
-    return result.round().clip(0, 255).astype(np.uint8)
+    strip = table[np.linspace(0, 255, max(1, w // 3)).astype(int)]
+    result[h - max(1, side // 3):, :len(strip)] = strip
+    if min(h, w) >= 100:
+        from PIL import Image, ImageDraw, ImageFont
+        drawn, font = Image.fromarray(result), ImageFont.load_default(side)
+        for x, value, anchor in ((2, low, "ls"), (len(strip), high, "rs")):
+            ImageDraw.Draw(drawn).text((x, h - side // 3 - 3), f"{value:.3g}", "white", font,
+                                       anchor, stroke_width=1, stroke_fill="black")
+        result = np.array(drawn)
+    return result
 
 
-def list_images(paths: Sequence[str]) -> dict[str, Path]:
-    """Name -> file: of folders all images below by their path in it, sorted, but hidden files."""
-    found: dict[str, Path] = {}
+def list_images(paths: Sequence[str], skipped: list[str] | None = None,
+                taken: dict[str, Path] | None = None) -> dict[str, Path]:
+    """Name -> file: of folders all images below by their path in it, sorted. Hidden files are left
+    out, and what icas wrote (a folder with run.json); other files' paths are added to `skipped`.
+    A name that is taken by another file becomes longer."""
+    found, names = dict(taken or {}), []
     for path in map(Path, paths):
+        below = sorted(p for p in path.rglob("*") if p.is_file() and not any(
+            part[0] == "." for part in p.relative_to(path).parts))
+        outputs = {p.parent for p in below if p.name == "run.json"}
+        files = [p for p in below if outputs.isdisjoint(p.parents)]
         inside = {path.name: path} if path.is_file() else {
-            p.relative_to(path).as_posix(): p for p in sorted(path.rglob("*"))
-            if p.suffix.lower() in SUFFIXES and p.name[0] != "." and p.is_file()}
-        check(inside, f"{path}: no image there; expected one of {sorted(SUFFIXES)}",
+            p.relative_to(path).as_posix(): p for p in files if p.suffix.lower() in SUFFIXES}
+        check(inside, f"{path}: no image there; expected one of {sorted(SUFFIXES)}" +
+              f", but not in what icas wrote ({[*map(str, outputs)]})" * bool(outputs),
               FileNotFoundError)
+        if skipped is not None:
+            skipped += [str(p) for p in files if p.suffix.lower() not in SUFFIXES]
         for name, file in inside.items():   # where another picture has the name, a longer one
-            for name in (name, file.as_posix().lstrip("/."), file.resolve().as_posix().lstrip("/")):
+            given = Path(os.path.normpath(file)).as_posix().lstrip("/.")
+            for name in (name, given, file.resolve().as_posix().lstrip("/")):
                 if found.setdefault(name, file).resolve() == file.resolve():
+                    names.append(name)
                     break
-    return found
+    return {name: found[name] for name in names}
 
 
-def parser():
-    import argparse
-    whole = argparse.ArgumentParser("icas", description="Mark defects from one marked defect, a "
-                                    "few good parts, or a click.")
-    whole.add_argument("--version", action="version", version=f"icas {__version__}")
-    commands = whole.add_subparsers(dest="command", required=True)
-    for name, text in (("segment", "masks of what the references show"),
-                       ("detect", "which images are anomalous, from good parts"),
-                       ("prompts", "encode references once and write them to a file"),
-                       ("demo", "detect and segment on real solar cells (ELPV)")):
-        add = commands.add_parser(name, help=text, description=text).add_argument
-        add("--out", required=True, help="folder to write; of prompts the file")
-        add("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
-        if name == "demo":
-            continue
-        if name != "prompts":
-            add("images", nargs="+", metavar="IMAGE_OR_FOLDER")
-            add("--coco", metavar="FILE", help="also write COCO annotations (RLE)")
-        add("--anomaly", nargs=2, action="append", default=[], metavar=("DEFECT_IMAGE", "MASK"))
-        add("--normal", nargs="+", action="extend", default=[], metavar="GOOD_IMAGE_OR_FOLDER")
-        add("--turns", action=argparse.BooleanOptionalAction, help="encode references in eight "
-            "flips and turns, or as they lie (default: marked ones in eight, good parts in four)")
-        add("--prompts", metavar="FILE", help="references written by `icas prompts`")
-        add("--model", metavar="FILE", help="checkpoint (default: the shipped one)")
-        add("--encoder", metavar="FILE", help="a DINOv2 of any size (default: the checkpoint's)")
-        add("--range", nargs=2, type=float, metavar=("LOW", "HIGH"), help="if not of 8 bits")
-        if name == "segment":
-            clicks = {"type": float, "action": "append", "default": []}
-            add("--point", nargs=2, **clicks, metavar=("X", "Y"), help="on a defect, pixels")
-            add("--negative", nargs=2, **clicks, metavar=("X", "Y"), help="beside it, pixels")
-            add("--box", nargs=4, **clicks, metavar=("X0", "Y0", "X1", "Y1"), help="around one")
-            add("--threshold", type=float, help="score from which a pixel is marked (default 0.5)")
-        if name == "detect":
-            add("--false-positive-rate", type=float, default=0.01,
-                help="share of good parts that may be called bad (default 0.01)")
-    return whole
+def progress(items: Iterable, what: str, count: int | None = None):
+    """The items, with their number and the time left on stderr: in a log a line every 30 s."""
+    from tqdm import tqdm
+    often, rank = sys.stderr.isatty(), int(os.environ.get("RANK", 0))
+    return tqdm(items, what, count, mininterval=0.1 if often else 30, delay=0 if often else 30,
+                disable=rank > 0)
 
 
 def write_image(path: Path, array: np.ndarray) -> None:
     from PIL import Image
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    Image.fromarray(array).save(part, format="PNG")
+    Image.fromarray(array).save(part, format="PNG", compress_level=1)
     part.replace(path)
 
 
@@ -1805,64 +2004,23 @@ def write_text(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def outcome(image: np.ndarray, found: Any) -> tuple[dict, dict[str, np.ndarray]]:
-    """What a run keeps of a Segmentation or a Detection: JSON fields, and two pictures."""
-    cut = found.threshold
-    if isinstance(found, Detection):   # a good part shows no region
-        score, label = found.score, "anomalous" if found.is_anomalous else "good"
-        mask, span = (found.map > cut) & found.is_anomalous, (cut / 2, 2 * cut)
-        found = Segmentation(mask, found.map, ["anomaly"], found.map[None], cut)
-    else:
-        score, span = float(top_share(torch.from_numpy(found.score))), (0, 1)
-        label = "defect" if found.mask.any() else "good"
-    fields = {"score": score, "threshold": cut, "area": int(found.mask.sum()), "label": label,
-              "regions": found.boxes()}
-    return fields, {"mask": found.mask.astype(np.uint8) * 255,
-                    "overlay": overlay(image, found.score, found.mask, *span)}
+def picture_bytes(array: np.ndarray, side: int, form: str) -> bytes:
+    """An (h, w) or (h, w, 3) uint8 picture, made smaller to `side` pixels, as PNG or JPEG."""
+    import io
+    from PIL import Image
+    picture, buffer = Image.fromarray(array), io.BytesIO()
+    picture.thumbnail((side, side))
+    picture.save(buffer, format=form, quality=80)
+    return buffer.getvalue()
 
 
-def run_folder(images: dict[str, Path], out: Path, key: dict, find: Callable,
-               value_range: Any = None, coco: str | os.PathLike | None = None) -> int:
-    """Mask, overlay and JSON line of each image that has none in OUT yet. returns the exit status.
+# What a run leaves in OUT for every threshold to come: run.json with "key", what decides scores,
+# "good", the good parts' own scores, "scale" of the overlays, "threshold", "rate" it comes from;
+# a line of results.jsonl a picture; maps/NAME.npz with its maps and a small copy of it.
 
-    key   what decides results, kept in OUT/run.json: results of another key are never mixed in.
-    find  image -> Segmentation or Detection. Under torchrun each rank takes its share.
-    """
-    from tqdm import tqdm
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    results, run, failed = out / "results.jsonl", out / "run.json", 0
-    text = json.dumps(key | {"version": __version__}, indent=1, default=str)
-    check(not run.is_file() or run.read_text(encoding="utf-8") == text,
-          f"--out: {out} holds results of other arguments (see {run}); use another")
-    write_text(run, text)
-    if results.is_file() and results.read_bytes()[-1:] not in (b"\n", b""):
-        with open(results, "a", encoding="utf-8") as file:
-            file.write("\n")  # a run that was killed left half a line
-    done = {line["image"] for line in read_lines(results)}
-    mine = [name for name in list(images)[rank::world] if name not in done]
-    for name in tqdm(mine, disable=not sys.stderr.isatty() or rank > 0, unit="image"):
-        begin = time.perf_counter()
-        try:
-            image = to_rgb(images[name], value_range=value_range).numpy()
-            fields, pictures = outcome(image, find(image))
-        except (ValueError, OSError) as error:
-            failed += 1
-            print(f"icas: {images[name]}: {error}", file=sys.stderr)
-            continue
-        line = {"image": name, "height": len(image), "width": image.shape[1], **fields}
-        for kind, picture in pictures.items():
-            line[kind] = f"{kind}s/{name.removesuffix('.png')}.png"
-            write_image(out / line[kind], picture)
-        line["seconds"] = round(time.perf_counter() - begin, 3)
-        with open(results, "a", encoding="utf-8") as file:   # one small write: ranks do not mix
-            file.write(json.dumps(line) + "\n")
-    lines = {line["image"]: line for line in read_lines(results)}
-    found = [lines[name] for name in images if name in lines]
-    if coco:   # of several ranks the last one writes what all have found
-        write_coco(Path(coco), found, out)
-    more = f", {failed} failed" if failed else ""
-    print(f"{len(found)} of {len(images)} images in {results}{more}")
-    return int(failed > 0)
+def read_run(out: Path) -> dict:
+    file = out / "run.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -1874,6 +2032,182 @@ def read_lines(path: Path) -> list[dict]:
     return lines
 
 
+def write_lines(path: Path, lines: Iterable[dict]) -> None:
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_results(out: Path) -> dict[str, dict]:
+    """Picture's name -> its line, sorted; of results.jsonl and of ranks that were not joined."""
+    files = [out / "results.jsonl", *sorted(out.glob("results.*.jsonl"))]
+    lines = {line["image"]: line for file in files for line in read_lines(file)}
+    return dict(sorted(lines.items()))
+
+
+def keep_result(out: Path, line: dict, found: Segmentation | Detection, pixels: Tensor) -> None:
+    """Write what `kept_result` reads."""
+    path = out / "maps" / f"{line['image']}.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    copy = np.frombuffer(picture_bytes(pixels.numpy(), 480, "JPEG"), np.uint8)
+    np.savez(path, maps=found.maps, labels=list(found.labels), copy=copy)
+
+
+def kept_result(out: Path, line: dict, threshold: float) -> tuple[Any, bytes]:
+    """Segmentation or Detection of a line at the threshold, and a small JPEG of the picture."""
+    with np.load(out / "maps" / f"{line['image']}.npz") as file:
+        maps, labels, copy = (file[name] for name in ("maps", "labels", "copy"))
+    shape = line["height"], line["width"]
+    found = (Detection(line["score"], maps, shape, threshold) if line["task"] == "detect" else
+             Segmentation(maps, labels.tolist(), shape, threshold))
+    return found, copy.tobytes()
+
+
+def mask_name(name: str) -> str:
+    """PNG's name for a picture's: a.png, but a.jpg.png of a.jpg, and a.jpg.png.png of a.jpg.png."""
+    own = name.endswith(".png") and Path(name[:-4]).suffix.lower() not in SUFFIXES
+    return name if own else name + ".png"
+
+
+def draw_result(out: Path, run: dict, line: dict, found: Segmentation | Detection,
+                pixels: Tensor) -> dict:
+    """Write mask and overlay of a picture; returns the line with what they show."""
+    name, mask = mask_name(line["image"]), found.mask
+    write_image(out / "masks" / name, mask.view(np.uint8) * 255)
+    pixels = shrink(pixels, math.ceil(math.sqrt(pixels[..., 0].numel() / 2e6))).byte().numpy()
+    small = replace(found, shape=pixels.shape[:2])
+    heat = small.label_scores.max(axis=0)
+    write_image(out / "overlays" / name, overlay(pixels, heat, small.mask, *run["scale"]))
+    return line | {"label": "bad" if found.is_anomalous else "good", "threshold": found.threshold,
+                   "area": int(mask.sum()), "regions": found.boxes(),
+                   "mask": f"masks/{name}", "overlay": f"overlays/{name}"}
+
+
+def redraw_result(out: Path, run: dict, line: dict) -> dict:
+    """`draw_result` of what was kept; a good part that stays good has nothing to be drawn anew."""
+    import io
+    from PIL import Image
+    found, copy = kept_result(out, line, run["threshold"])
+    if line["label"] == "good" and not found.is_anomalous:
+        return line | {"threshold": found.threshold}
+    try:
+        pixels = read_rgb(line["file"], "image", run["range"], PIXELS)[0]
+    except (ValueError, OSError):   # it has been moved since
+        pixels = to_rgb(Image.open(io.BytesIO(copy)))
+    return draw_result(out, run, line, found, pixels)
+
+
+def run_folder(images: dict[str, Path], out: Path, run: dict, find: Callable, model: ICAS,
+               skipped: Sequence[str] = ()) -> int:
+    """Score each image that OUT has no line of, then `finish_run`. returns the exit status.
+
+    run   as in run.json; results of another "key" are never mixed in.
+    find  EncodedImage -> Segmentation or Detection. Under torchrun each rank takes its share.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    done, failed = read_results(out), 0
+    results = out / (f"results.{rank}.jsonl" if world > 1 else "results.jsonl")
+    mine = [name for name in list(images)[rank::world] if name not in done]
+    write_text(out / "run.json", json.dumps(run, indent=1))
+    write_lines(results, read_lines(results))   # without half a line
+    if world > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+    try:
+        for name in progress(mine, "pictures"):
+            begin = time.perf_counter()
+            try:
+                pixels, shape = read_rgb(images[name], "image", run["range"], PIXELS)
+                found = replace(find(encode_pixels(pixels, shape, model)),
+                                threshold=run["threshold"])
+            except (ValueError, FileNotFoundError) as error:
+                failed += 1
+                print(f"icas: {images[name]}: {error}", file=sys.stderr)
+                continue
+            score = found.score if isinstance(found, Detection) else float(found.score.max())
+            line = {"image": name, "file": os.path.abspath(images[name]), "height": shape[0],
+                    "width": shape[1], "task": run["key"]["task"], "score": score}
+            keep_result(out, line, found, pixels)
+            line = draw_result(out, run, line, found, pixels)
+            line["seconds"] = round(time.perf_counter() - begin, 3)
+            with open(results, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            done[name] = line
+    except KeyboardInterrupt:
+        print(f"icas: stopped after {len(done.keys() & images.keys())} of {len(images)}; run the "
+              "same command to go on", file=sys.stderr)
+        return 130
+    if world > 1:
+        torch.distributed.barrier()
+    if rank == 0:
+        print(finish_run(out))
+        if skipped:
+            print(f"icas: skipped {len(skipped)}, no pictures: {', '.join(skipped[:5])}" +
+                  ", ..." * (len(skipped) > 5), file=sys.stderr)
+    if failed:
+        print(f"icas: {failed} pictures failed", file=sys.stderr)
+    return int(failed > 0)
+
+
+def finish_run(out: Path) -> str:
+    """Join what the ranks found, bring it to the run's threshold, and write it as results.jsonl,
+    results.csv, coco.json and report.html; returns what there is to say of it."""
+    import csv
+    import io
+    run, lines = read_run(out), read_results(out)
+    other = [line for line in lines.values() if line["threshold"] != run["threshold"]]
+    undone = {line["image"]: line | {"threshold": None, "label": None} for line in other}
+    write_lines(out / "results.jsonl", (lines | undone).values())   # if this is stopped half way
+    with ThreadPoolExecutor() as pool:
+        redrawn = pool.map(functools.partial(redraw_result, out, run), other)
+        lines |= {line["image"]: line for line in progress(redrawn, "masks", len(other))}
+    write_lines(out / "results.jsonl", lines.values())
+    for part in out.glob("results.*.jsonl"):
+        part.unlink()
+    table = io.StringIO()
+    columns = {"path": "image"} | {x: x for x in ("label", "score", "threshold", "area", "seconds")}
+    rows = [[line[key] for key in columns.values()] for line in lines.values()]
+    csv.writer(table, lineterminator="\n").writerows([list(columns), *rows])
+    write_text(out / "results.csv", table.getvalue())
+    text = summary(run, list(lines.values()))
+    with contextlib.suppress(ImportError):   # without pycocotools there is no coco.json
+        write_coco(out / "coco.json", list(lines.values()), out)
+    write_report(out, run, list(lines.values()), text)
+    report = out / "report.html"
+    return f"{text}\n{report if report.is_file() else out} shows them"
+
+
+def summary(run: dict, lines: Sequence[dict]) -> str:
+    """How many were called bad, how many of good parts would be, and a histogram of scores."""
+    good, cut, count = run["good"], run["threshold"], len(lines)
+    order = sorted(lines, key=lambda line: -line["score"])
+    bad = sum(line["label"] == "bad" for line in lines)
+    said = [f"{bad} of {count} pictures are called bad at the threshold {cut:.3g}"]
+    if good:
+        rate = false_positives(good, cut)
+        said[0] += f"; if all were good it would be {rate * count:.1f} ({rate:.1%})"
+        if not bad:
+            names = ", ".join(f"{line['image']} ({line['score']:.2f})" for line in order[:3])
+            said.append(f"nothing is above {cut:.3g}; the highest are {names}")
+            if len(good) * rate < 1:
+                said.append(f"{len(good)} good parts cannot promise a rate of {rate:.1%}; look at "
+                            "the highest, and try: icas threshold OUT --rate 0.2")
+        if bad <= rate * count:
+            said.append("no more than of good parts: all are good, or such defects are out of reach"
+                        ". To know, put in a part known to be bad: icas threshold OUT --bad FILE")
+    if not count:
+        return said[0]
+    scores = {"good parts": good, "pictures": [line["score"] for line in lines]}
+    every = sorted(sum(scores.values(), [cut]))
+    edges = np.linspace(every[0], every[-1] + 1e-6, 13)
+    counts = {k: np.histogram(v, edges)[0] for k, v in scores.items() if v}
+    head = "".join(f"{f'{k} ({n.sum()})':<32}" for k, n in counts.items())
+    said.append(" " * 15 + head.rstrip())
+    for i, (low, high) in enumerate(zip(edges, edges[1:])):
+        row = "".join(f"{'#' * math.ceil(24 * n[i] / n.max()) + f' {n[i]}' * bool(n[i]):<32}"
+                      for n in counts.values())
+        mark = ">" if low <= cut < high else "-"   # the bin of the threshold
+        said.append(f"{low:6.2f} {mark} {high:<6.2f}{row}".rstrip())
+    return "\n".join(said)
+
+
 def write_coco(path: Path, lines: Sequence[dict], out: Path) -> None:
     """COCO annotations, one a connected region, that CVAT and pycocotools read."""
     names = sorted({r["label"] for line in lines for r in line["regions"]} | {"defect"})
@@ -1881,7 +2215,7 @@ def write_coco(path: Path, lines: Sequence[dict], out: Path) -> None:
     for i, line in enumerate(lines, start=1):
         images.append({"id": i, "file_name": line["image"], "height": line["height"],
                        "width": line["width"]})
-        mask = to_rgb(out / line["mask"]).numpy()[..., 0] > 0
+        mask = to_rgb(out / line["mask"])[..., 0].numpy() > 0
         for region, (box, inside) in zip(line["regions"], regions(mask), strict=True):
             own = np.zeros_like(mask)
             own[box] = inside
@@ -1894,15 +2228,99 @@ def write_coco(path: Path, lines: Sequence[dict], out: Path) -> None:
                                  "annotations": annotations, "categories": kinds}))
 
 
-def run_command(args) -> int:
-    model = load(args.model, encoder=args.encoder, device=args.device)
-    normals, out = list_images(args.normal).values(), Path(args.out)
+def write_report(out: Path, run: dict, lines: Sequence[dict], text: str) -> None:
+    """report.html: one file with all pictures, small, sorted by score, and a threshold to move."""
+    import base64
+    try:
+        page = find_shipped(REPORT).read_text(encoding="utf-8")
+    except FileNotFoundError:   # a copied icas.py may have none
+        return
+    rows, (low, high) = [], run["scale"]
+    for line in sorted(lines, key=lambda line: -line["score"]):
+        found, copy = kept_result(out, line, run["threshold"])
+        top = replace(found, shape=found.maps.shape[1:]).label_scores.max(axis=0)
+        level = (np.clip((top - low) / (high - low), 0, 1) * 255).round().astype(np.uint8)
+        heat = picture_bytes(level, 160, "PNG")
+        rows.append([line["image"], line["score"], *(
+            f"{form};base64,{base64.b64encode(data).decode()}"
+            for form, data in (("jpeg", copy), ("png", heat)))])
+    shown = {"task": run["key"]["task"], "out": os.fspath(out), "text": text, "scale": run["scale"],
+             "threshold": run["threshold"], "good": run["good"], "heat": HEAT.tolist(),
+             "version": __version__}
+    data = json.dumps([shown, rows]).replace("<", "\\u003c")   # no name ends the script
+    write_text(out / "report.html", page.replace("DATA", data, 1))
 
-    def read(path: Any) -> np.ndarray:
-        return to_rgb(path, value_range=args.range).numpy()
-    shown = [(read(image), mask) for image, mask in args.anomaly], list(map(read, normals))
+
+def parser():
+    import argparse
+    whole = argparse.ArgumentParser("icas", description="Mark defects from one marked defect, a "
+                                    "few good parts, or a click.")
+    whole.add_argument("--version", action="version", version=f"icas {__version__}")
+    commands = whole.add_subparsers(dest="command", required=True)
+    for name, text in (("segment", "masks of what the references show"),
+                       ("detect", "which images are anomalous, from good parts"),
+                       ("threshold", "set the threshold of a finished run anew"),
+                       ("prompts", "encode references once and write them to a file"),
+                       ("demo", "detect and segment on real solar cells (ELPV)")):
+        add = commands.add_parser(name, help=text, description=text).add_argument
+        if name == "threshold":
+            add("out", metavar="OUT", help="folder of a run of icas detect or icas segment")
+            add("--score", type=float, help="what scores more is bad")
+            add("--rate", type=float, help="share of good parts that may be called bad")
+            add("--bad", nargs="+", metavar="FILE", help="pictures of the run known to be bad")
+            continue
+        add("--out", required=True, help="folder to write; of prompts the file")
+        add("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
+        if name == "demo":
+            continue
+        if name != "prompts":
+            add("images", nargs="+", metavar="IMAGE_OR_FOLDER")
+        add("--anomaly", nargs="+", action="append", default=[], metavar="IMAGE", help="a defect's "
+            "IMAGE, and its MASK, a box X0 Y0 X1 Y1, or a .json of LabelMe or COCO")
+        add("--normal", nargs="+", action="extend", default=[], metavar="GOOD_IMAGE_OR_FOLDER")
+        add("--turns", action=argparse.BooleanOptionalAction, help="encode references in eight "
+            "flips and turns, or as they lie (default: marked ones in eight, good parts in four)")
+        add("--prompts", metavar="FILE", help="references written by `icas prompts`")
+        add("--model", metavar="FILE", help="checkpoint (default: the shipped one)")
+        add("--encoder", metavar="FILE", help="a DINOv2 of any size (default: the checkpoint's)")
+        add("--range", nargs=2, type=float, metavar=("LOW", "HIGH"), help="black and white of "
+            "pictures of more than 8 bits")
+        if name == "segment":
+            clicks = {"type": float, "action": "append", "default": []}
+            add("--point", nargs=2, **clicks, metavar=("X", "Y"), help="on a defect, pixels")
+            add("--negative", nargs=2, **clicks, metavar=("X", "Y"), help="beside it, pixels")
+            add("--box", nargs=4, **clicks, metavar=("X0", "Y0", "X1", "Y1"), help="around one")
+            add("--threshold", type=float, help="score from which a pixel is marked (default 0.5)")
+        if name == "detect":
+            add("--false-positive-rate", type=float, help="share of good parts that may be called "
+                f"bad (default {RATE}); icas threshold sets it later")
+    return whole
+
+
+def encode_files(args, model: ICAS) -> tuple[References, list[str]]:
+    """References of the command line, and the files that they come from."""
     references = References.load(args.prompts) if args.prompts else References()
-    references += encode(*shown, turns=args.turns, model=model)
+    normals = list(list_images(args.normal).values())
+    turns, anomalies = False if args.turns is None and len(normals) > 40 else args.turns, []
+    for given in args.anomaly:
+        image, *mask = given
+        with contextlib.suppress(ValueError):
+            mask = mask[0] if len(mask) == 1 else [float(x) for x in mask]
+        check(isinstance(mask, str) or len(mask) == 4 and isinstance(mask[0], float), "--anomaly: "
+              "expected IMAGE MASK, IMAGE X0 Y0 X1 Y1 or IMAGE FILE.json, got "
+              f"{len(given)} words: {' '.join(given)}")
+        anomalies.append((image, mask))
+    for kind, entries in (("anomalies", anomalies), ("normals", normals)):
+        for entry in progress(entries, kind):
+            references += encode(**{kind: [entry]}, turns=turns if kind == "normals" else
+                                 args.turns, value_range=args.range, model=model)
+    masks = [given[1] for given in args.anomaly if len(given) == 2]
+    return references, [*(given[0] for given in args.anomaly), *masks, *map(str, normals)]
+
+
+def run_command(args) -> int:
+    model, out = load(args.model, encoder=args.encoder, device=args.device), Path(args.out)
+    references, files = encode_files(args, model)
     if args.command == "prompts":
         check(references.shots,
               "references: none given; pass --anomaly IMAGE MASK or --normal IMAGE")
@@ -1910,66 +2328,113 @@ def run_command(args) -> int:
         kinds = ", ".join(references.labels) or "normal only"
         print(f"{len(references)} references ({kinds}) in {args.out}")
         return 0
-    images, ready = list_images(args.images), prepare(references, model=model)
-    given = {k: v for k, v in vars(args).items() if k not in ("images", "out", "device", "coco")}
-    files = [*sum(args.anomaly, []), *normals, args.prompts, args.model, args.encoder]
-    key = {"arguments": given, "sha256": {os.fspath(f): sha256(f) for f in files if f}}
+    skipped, ready = [], prepare(references, model=model)
+    taken = {name: Path(line["file"]) for name, line in read_results(out).items()}
+    images = list_images(args.images, skipped, taken)
+    free = ("images", "out", "device", "threshold", "false_positive_rate")
+    key = {"task": args.command, "version": __version__,
+           "arguments": {k: v for k, v in vars(args).items() if k not in free}, "sha256": {
+               f: sha256(f) for f in [*files, args.prompts, args.model, args.encoder] if f}}
+    check(not out.is_file() and out.resolve() not in [
+        Path(x).resolve() for x in (*args.images, *args.normal)],
+        f"--out: {out} is a file or the folder of the pictures; give a folder of its own")
+    kept, rate, good = read_run(out), None, []
+    check(not kept or kept.get("key") == key,
+          f"--out: {out} holds results of other arguments (see {out / 'run.json'}); use another")
     if args.command == "detect":   # wrong use is said before anything is written
-        rate = args.false_positive_rate
-        good_threshold(ready, rate)
-        find = functools.partial(detect, references=ready, false_positive_rate=rate)
+        good, find = ready.good.scores.tolist(), functools.partial(detect, references=ready)
+        cut, rate = kept.get("threshold"), kept.get("rate")
+        if args.false_positive_rate is not None or cut is None:
+            rate = RATE if args.false_positive_rate is None else args.false_positive_rate
+            cut = upper_limit(good, rate)
     else:
+        cut = check_threshold(kept.get("threshold") if args.threshold is None else args.threshold)
         marks = {"points": args.point + args.negative, "boxes": args.box,
                  "point_labels": [1] * len(args.point) + [0] * len(args.negative)}
         marks = {name: rows for name, rows in marks.items() if rows}
-        find = functools.partial(segment, references=ready, **marks,
-                                 threshold=check_threshold(args.threshold))
+        find = functools.partial(segment, references=ready, **marks)
         check(len(images) == 1 or not marks,
               "--point, --box: expected one image with them; run icas once an image")
         if marks or not references.shots:
-            find(read(next(iter(images.values()))))
-    return run_folder(images, out, key, find, args.range, args.coco)
+            image, = list(images.values())[:1]
+            find(encode_image(image, value_range=args.range, model=model))
+    scale = (0, 1) if args.command == "segment" else (1, 2.5)
+    run = {"key": key, "good": good, "scale": kept.get("scale", scale), "range": args.range,
+           "threshold": cut, "rate": rate}
+    return run_folder(images, out, run, find, model, skipped)
+
+
+def set_threshold(args) -> int:
+    """`icas threshold`: masks, labels and report of a run at another threshold."""
+    out, given = Path(args.out), [args.score, args.rate, args.bad]
+    run, lines = read_run(out), read_results(out)
+    check(lines and "key" in run, f"{out}: no finished run of icas there", FileNotFoundError)
+    check(sum(x is not None for x in given) == 1, "expected one of --score, --rate and --bad")
+    good, rate = run["good"], args.rate
+    check(good or args.score is not None, "--rate, --bad: need a run of icas detect; use --score")
+    if args.score is not None:
+        check(math.isfinite(args.score), f"--score: expected a number, got {args.score}")
+        cut = args.score if good else check_threshold(args.score)
+    elif rate is not None:
+        cut = upper_limit(good, rate)
+    else:
+        files = {line["file"]: name for name, line in lines.items()}
+        names = [x if x in lines else files.get(os.path.abspath(x)) for x in args.bad]
+        missing = [x for x, name in zip(args.bad, names) if name is None]
+        check(not missing, f"--bad: {', '.join(missing)}: not among the run's pictures, as "
+              f"{next(iter(lines))} is")
+        bad, good = np.array([lines[name]["score"] for name in names]), np.array(good)
+        every = np.unique([*bad, *good])   # of the cuts that part them best the one with most room
+        low, high = max(zip(every[:-1], every[1:]), key=lambda pair: (
+            (bad > pair[0]).mean() - (good > pair[0]).mean(), pair[1] - pair[0]))
+        cut, found = float(low + high) / 2, int((bad > low).sum())
+        reach = "" if found == len(bad) else "; what scores less looks like a good part here"
+        print(f"{found} of {len(bad)} known bad parts score above {cut:.3g}, "
+              f"{(good > low).sum()} of {len(good)} good ones{reach}")
+    write_text(out / "run.json", json.dumps(run | {"threshold": cut, "rate": rate}, indent=1))
+    print(finish_run(out))
+    return 0
 
 
 # The demo's prompt: cell 4 of ELPV, its dark area outlined by hand, (x, y) in pixels of 300 x 300
 DEMO_PROMPT = 4, [(15, 243), (40, 226), (90, 211), (140, 202), (200, 203), (240, 212), (262, 230),
                   (256, 242), (225, 254), (150, 259), (60, 257)]
-DEMO_GOOD, DEMO_CELLS = (3, 8, 10, 59), (6, 7, 13, 20, 21, 17, 368, 396, 409, 412)
+DEMO_GOOD, DEMO_CELLS = (59, 446, 499, 503), (6, 13, 22, 29, 45, 56, 368, 412, 424, 508)
 
 
 def demo(args) -> int:
-    """Detect with four good solar cells, segment from one outlined defect (ELPV, real cells)."""
+    """Write real solar cells (ELPV) to files and run on them what can be run on any folder."""
     try:
         from elpv_dataset.utils import load_dataset
-        from PIL import Image, ImageDraw
     except ImportError as error:
         raise ImportError('the demo needs its extra: pip install "icas[demo]"') from error
-    (cells, probability, _), out, (index, polygon) = load_dataset(), Path(args.out), DEMO_PROMPT
-    canvas = Image.new("L", (300, 300))
-    ImageDraw.Draw(canvas).polygon(polygon, fill=255)
-    mask = np.array(canvas) > 0
-    write_image(out / "prompt.png", overlay(cells[index], np.zeros(mask.shape), mask))
-    for i in DEMO_CELLS:
-        kind = "bad" if probability[i] == 1 else "good"
-        write_image(out / f"cells/cell_{i:04d}_{kind}.png", cells[i])
-    model, images, status = load(device=args.device), list_images([str(out / "cells")]), 0
-    good = prepare(encode(normals=[cells[i] for i in DEMO_GOOD], model=model), model=model)
-    dark = prepare(encode([(cells[index], mask, "dark area")], model=model), model=model)
-    for task, coco, find in (
-            ("detect", None, functools.partial(detect, references=good, false_positive_rate=0.05)),
-            ("segment", out / "segment/coco.json", functools.partial(segment, references=dark))):
-        status |= run_folder(images, out / task, {"demo": task}, find, coco=coco)
+    (cells, probability, _), out, (index, outline) = load_dataset(), Path(args.out), DEMO_PROMPT
+    for folder, chosen in (("prompt", [index]), ("good", DEMO_GOOD), ("cells", DEMO_CELLS)):
+        for i in chosen:
+            kind = "bad" if probability[i] == 1 else "good"
+            write_image(out / folder / f"{i:04d}_{kind}.png", cells[i])
+    marked, good = out / f"prompt/{index:04d}_bad.png", out / "good"
+    shape = {"label": "dark area", "points": outline, "shape_type": "polygon"}
+    drawn = {"shapes": [shape], "imageHeight": 300, "imageWidth": 300}   # as LabelMe saves it
+    write_text(marked.with_suffix(".json"), json.dumps(drawn))
+    for task, *shown in (("detect", "--normal", good),
+                         ("segment", "--anomaly", marked, marked.with_suffix(".json"))):
+        command = [*map(str, (task, out / "cells", *shown, "--out", out / task))]
+        print("$ icas", *command)
+        if status := main([*command, "--device", args.device]):
+            return status
         rows = [to_rgb(p).numpy() for p in sorted((out / task / "overlays").glob("*.png"))]
         write_image(out / f"{task}.png", rearrange(rows, "(r c) h w k -> (r h) (c w) k", r=2))
-    print(f"look at {out / 'prompt.png'}, {out / 'detect.png'} and {out / 'segment.png'}")
-    return status
+    print(f"look at {out / 'detect.png'}, {out / 'segment.png'} and the reports")
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script `icas`. Status: 0 done, 1 some images failed, 2 wrong use, 130 stopped."""
     args = parser().parse_args(argv)
+    warnings.formatwarning = lambda text, *_, **__: f"icas: {text}\n"
     try:
-        return demo(args) if args.command == "demo" else run_command(args)
+        return {"demo": demo, "threshold": set_threshold}.get(args.command, run_command)(args)
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"icas: {error}", file=sys.stderr)
         return 2

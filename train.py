@@ -291,12 +291,6 @@ def unless_full(what: str) -> Iterator[None]:
         say(f"train: {what} could not be written ({error}); training goes on")
 
 
-def write_text(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    part.replace(path)
-
-
 def write_state(path: Path, state: dict) -> None:
     """Write beside, then rename; the one before is kept."""
     part = path.with_suffix(".part")
@@ -429,10 +423,10 @@ class Run:
             if self.state:
                 say(f"resumed at step {begin}")
             self.out.mkdir(parents=True, exist_ok=True)
-            write_text(self.out / "arguments.json", json.dumps(self.fixed))
+            icas.write_text(self.out / "arguments.json", json.dumps(self.fixed))
             log = self.out / "log.jsonl"   # without what was logged after the state
             lines = [line for line in icas.read_lines(log) if line["step"] <= begin]
-            write_text(log, "".join(json.dumps(line) + "\n" for line in lines))
+            icas.write_lines(log, lines)
         self.clock = self.saved = time.time()
         icas.fit(self.model, self.pairs, steps=self.steps, lr=self.args.lr, seed=self.args.seed,
                  start=begin, optimizer=optimizer, callback=None if rank() else self.after)

@@ -127,7 +127,8 @@ def read_labels(record: dict) -> np.ndarray | None:
             labels[part > 0] = 1 if value == "*" else int(value)
         return labels
     where = place(record)
-    labels = mask_values(icas.open_image(record["mask"], where), f"{where}: {record['mask']!r}")
+    labels = mask_values(icas.open_image(record["mask"], where)[0],
+                         f"{where}: {record['mask']!r}")
     if labels.ndim == 3:
         labels = labels.max(axis=-1)
     if "*" in record.get("labels", {}):

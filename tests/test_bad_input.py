@@ -105,7 +105,7 @@ ROWS = [
     (lambda c: icas.to_rgb(torch.full((3, 9, 9), -torch.inf)), ValueError, "[0, 1]"),
     (lambda c: icas.to_rgb(np.zeros((9, 9, 3), np.float32)),
      ValueError, "expected 8-bit values (uint8), got torch.float32"),
-    (lambda c: icas.to_rgb(np.zeros((9, 9), np.uint16)), ValueError, "value_range=(low, high)"),
+    (lambda c: icas.to_rgb(np.full((9, 9), 300, np.uint16)), ValueError, "value_range=(0, 1023)"),
     (lambda c: icas.to_rgb(np.zeros((9, 9), np.int64)), ValueError, "expected 8-bit values"),
     (lambda c: icas.to_rgb(np.zeros((9, 9), np.complex64)),
      TypeError, "image: expected numbers of at most 64 bits, got an array of dtype complex64"),

@@ -1,7 +1,7 @@
 """The console script, with a tiny checkpoint: files, exit status, resuming, sharing over ranks."""
+import csv
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import (
+    DEFECT,
+    forbid,
+    icas_main,
+    lines,
+    middle_threshold,
+    read,
+    run_json,
+    timeless,
+)
 from PIL import Image
 
 import icas
@@ -16,69 +26,32 @@ import icas
 HOME = Path(icas.__file__).parent
 
 
-@pytest.fixture
-def model(checkpoint, tmp_path, monkeypatch):
-    """The tiny checkpoint by a relative path: the working folder is tmp_path."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    return str(checkpoint.relative_to(tmp_path))
+def table(out="out"):
+    with open(Path(out, "results.csv"), newline="") as file:
+        return list(csv.DictReader(file))
 
 
-@pytest.fixture
-def parts(rng, tmp_path):
-    """Four parts, one defect with its mask, two good parts. returns the parts' names in a run."""
-    for folder in ("parts/deep", "good"):
-        (tmp_path / folder).mkdir(parents=True)
-    square = ("parts/a", "parts/deep/d", "defect", "good/1", "good/2")
-    sizes = dict.fromkeys(square, (40, 40)) | {"parts/b": (30, 44), "parts/c": (44, 30)}
-    for name, shape in sizes.items():
-        noise = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(tmp_path / f"{name}.png")
-    mask = np.zeros((40, 40), np.uint8)
-    mask[10:20, 10:20] = 255
-    Image.fromarray(mask).save(tmp_path / "mask.png")
-    (tmp_path / "parts" / "notes.txt").write_text("not an image, and not asked for")
-    (tmp_path / "parts" / "._a.png").write_text("macOS")
-    return ["a.png", "b.png", "c.png", "deep/d.png"]
+def coco_of(path):
+    pytest.importorskip("pycocotools")
+    from pycocotools.coco import COCO
+    return COCO(str(path))
 
 
-DEFECT = ["--anomaly", "defect.png", "mask.png"]
+def names_in(coco):
+    return [image["file_name"] for image in coco.loadImgs(coco.getImgIds())]
 
 
-def icas_main(*arguments, model):
-    return icas.main([*arguments, "--model", model, "--device", "cpu"])
-
-
-def lines(out="out"):
-    return [json.loads(line) for line in Path(out, "results.jsonl").read_text().splitlines()]
-
-
-def timeless(records):
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in records]
-
-
-def read(path):
-    return np.array(Image.open(path))
-
-
-def middle_threshold(model):
-    """A threshold at which an untrained model marks something and not everything."""
-    loaded = icas.load(model, device="cpu")
-    references = icas.encode([("defect.png", "mask.png")], model=loaded)
-    found = icas.segment("parts/a.png", references, model=loaded)
-    return str(round(float(np.median(found.score)), 4))
-
-
-def test_segment_writes_masks_overlays_lines_and_coco(model, parts, capsys):
+def test_segment_writes_masks_overlays_lines_a_table_and_coco(model, parts, capsys):
     cut = middle_threshold(model)
     assert icas_main("segment", "parts", *DEFECT, "--out", "out", "--threshold", cut,
-                     "--coco", "out/coco.json", model=model) == 0
-    assert "4 of 4 images" in capsys.readouterr().out
-    found = lines()
+                     model=model) == 0
+    said = capsys.readouterr()
+    assert "4 of 4 pictures are called bad" in said.out and "report.html" in said.out
+    assert said.err == ""
+    found, run = lines(), run_json()
     assert [r["image"] for r in found] == parts
-    run = json.loads(Path("out/run.json").read_text())
-    assert run["version"] == icas.__version__ and run["arguments"]["threshold"] == float(cut)
+    assert run["key"]["version"] == icas.__version__ and run["threshold"] == float(cut)
+    assert run["good"] == [] and run["rate"] is None
     loaded = icas.load(model, device="cpu")
     references = icas.encode([("defect.png", "mask.png")], model=loaded)
     for r in found:
@@ -90,12 +63,22 @@ def test_segment_writes_masks_overlays_lines_and_coco(model, parts, capsys):
         assert r["area"] == expected.mask.sum() == sum(b["area"] for b in r["regions"])
         assert (r["height"], r["width"]) == mask.shape
         assert read(Path("out", r["overlay"])).shape == (*mask.shape, 3)
-        assert r["label"] == ("defect" if expected.mask.any() else "good") and 0 <= r["score"] <= 1
+        assert r["label"] == ("bad" if expected.mask.any() else "good") and 0 <= r["score"] <= 1
         assert r["threshold"] == float(cut)
     assert not list(Path("out").rglob("*.part"))
+    assert {p.name for p in Path("out").iterdir()} == {
+        "coco.json", "maps", "masks", "overlays", "report.html", "results.csv", "results.jsonl",
+        "run.json"}
+
+    rows = table()
+    assert list(rows[0]) == ["path", "label", "score", "threshold", "area", "seconds"]
+    for row, r in zip(rows, found, strict=True):
+        assert (row["path"], row["label"], row["area"]) == (r["image"], r["label"], str(r["area"]))
+        assert [float(row[k]) for k in ("score", "threshold", "seconds")] == [
+            r[k] for k in ("score", "threshold", "seconds")]
 
     coco = coco_of("out/coco.json")
-    assert [i["file_name"] for i in coco.loadImgs(coco.getImgIds())] == parts
+    assert names_in(coco) == parts
     for r, i in zip(found, coco.getImgIds(), strict=True):
         own = coco.loadAnns(coco.getAnnIds(i))
         areas = [a["area"] for a in own]
@@ -104,12 +87,6 @@ def test_segment_writes_masks_overlays_lines_and_coco(model, parts, capsys):
         whole = sum((coco.annToMask(a) for a in own), empty)
         np.testing.assert_array_equal(whole * 255, read(Path("out", r["mask"])))
     assert len(coco.getAnnIds())
-
-
-def coco_of(path):
-    pytest.importorskip("pycocotools")
-    from pycocotools.coco import COCO
-    return COCO(str(path))
 
 
 # ---- names ---------------------------------------------------------------------------------------
@@ -148,10 +125,71 @@ def test_two_pictures_of_one_name_both_keep_a_result(model, parts, rng):
     for r in lines():
         assert read(Path("out", r["mask"])).shape == (r["height"], r["width"])
     assert (lines()[-1]["height"], lines()[-1]["width"]) == (20, 20)
+    assert names_in(coco_of("out/coco.json")) == sorted([*parts, "more/a.png"])
+
+
+def test_a_folder_or_a_file_given_twice_counts_once(model, parts, capsys):
+    assert icas_main("segment", "parts", "parts/a.png", "./parts", *DEFECT, "--out", "out",
+                     model=model) == 0
+    assert [r["image"] for r in lines()] == parts
+    assert "of 4 pictures" in capsys.readouterr().out
+
+
+def test_pictures_of_one_name_in_a_later_run_are_not_taken_for_done(model, parts, rng):
+    Path("more").mkdir()
+    Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save("more/a.png")
+    assert icas_main("segment", "parts", *DEFECT, "--out", "out", model=model) == 0
+    assert icas_main("segment", "more", *DEFECT, "--out", "out", model=model) == 0
+    assert (20, 20) in {(r["height"], r["width"]) for r in lines()}
+
+
+def test_a_picture_whose_name_ends_twice_has_a_mask_of_its_own(model, parts):
+    Image.new("RGB", (20, 30)).save("parts/a.jpg")
+    Image.new("RGB", (30, 20)).save("parts/a.jpg.png")
+    assert icas_main("segment", "parts", *DEFECT, "--out", "out", model=model) == 0
+    for r in lines():
+        assert read(Path("out", r["mask"])).shape == (r["height"], r["width"])
+
+
+@pytest.mark.parametrize("out", ["parts/found", "parts/masks", "parts/deep/good"])
+def test_what_icas_wrote_is_never_read_again_wherever_it_lies(model, parts, capsys, out):
+    for _ in range(2):
+        assert icas_main("segment", "parts", *DEFECT, "--out", out, model=model) == 0
+        assert [r["image"] for r in lines(out)] == parts
+    assert icas_main("detect", "parts", "--normal", "parts", "--out", "new", model=model) == 0
+    assert [r["image"] for r in lines("new")] == parts
+    assert len(run_json("new")["good"]) == 4
+    capsys.readouterr()
+    assert icas_main("segment", out, *DEFECT, "--out", "no", model=model) == 2
+    said = capsys.readouterr().err
+    assert f"icas: {out}: no image there" in said and "not in what icas wrote" in said
+
+
+def test_a_run_into_the_folder_of_pictures_itself_can_go_on_or_is_refused_at_once(model, parts):
+    statuses = [icas_main("segment", "parts", *DEFECT, "--out", "parts", model=model)
+                for _ in range(2)]
+    assert statuses in ([0, 0], [2, 2])
+
+
+def test_other_files_are_counted_and_named_at_the_end(model, parts, capsys):
+    Image.new("L", (8, 8)).save("parts/deep/moving.gif")
+    Path("parts/notes.txt").write_text("not an image")
+    assert icas_main("segment", "parts", *DEFECT, "--out", "out", model=model) == 0
+    assert [r["image"] for r in lines()] == parts
+    said = capsys.readouterr().err
+    assert said.startswith("icas: skipped 2,") and said.count("\n") == 1
+    assert said.endswith(": parts/deep/moving.gif, parts/notes.txt\n")
+    for i in range(9):
+        Path(f"parts/{i}.pdf").write_text("")
+    assert icas_main("segment", "parts", *DEFECT, "--out", "out", model=model) == 0
+    said = capsys.readouterr().err
+    assert said.startswith("icas: skipped 11,") and said.count("\n") == 1
+    assert "parts/0.pdf, parts/1.pdf" in said and said.endswith(", ...\n")
 
 
 @pytest.mark.parametrize("paths, count", [
-    (("parts", "b"), 3), (("a.png", "b/a.png", "../b/a.png"), 3)])
+    (("parts", "b"), 3), (("a.png", "b/a.png", "../b/a.png"), 3),
+    (("a.png", "b/../../b/a.png"), 2)])
 def test_no_picture_is_lost_to_another_s_name(tmp_path, monkeypatch, paths, count):
     for name in ("b/a", "here/a", "here/b/a", "here/parts/a", "here/parts/b/a"):
         name += ".png"
@@ -160,6 +198,15 @@ def test_no_picture_is_lost_to_another_s_name(tmp_path, monkeypatch, paths, coun
     monkeypatch.chdir(tmp_path / "here")
     found = icas.list_images(paths)
     assert len({p.resolve() for p in found.values()}) == count
+    assert not any(".." in name for name in found)  # or results would lie outside of OUT
+
+
+def test_hidden_files_and_what_lies_in_hidden_folders_are_left_out(parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("parts/.thumbnails").mkdir()
+    Image.open("parts/a.png").save("parts/.thumbnails/a.png")
+    skipped = []
+    assert list(icas.list_images(["parts"], skipped)) == parts and skipped == []
 
 
 # ---- running again -------------------------------------------------------------------------------
@@ -171,7 +218,7 @@ def test_a_second_run_skips_what_is_done(model, parts, monkeypatch):
     first = Path("out/results.jsonl").read_text()
     stamp = Path("out/masks/a.png").stat().st_mtime_ns
     assert icas_main(*arguments, model=model) == 0
-    assert Path("out/results.jsonl").read_text() == first
+    assert lines() == list(map(json.loads, first.splitlines()))
     assert Path("out/masks/a.png").stat().st_mtime_ns == stamp
     # as if it had been stopped
     Path("out/results.jsonl").write_text("".join(first.splitlines(keepends=True)[:2]))
@@ -180,7 +227,7 @@ def test_a_second_run_skips_what_is_done(model, parts, monkeypatch):
                         or segment(image, *a, **k))
     assert icas_main(*arguments, model=model) == 0
     assert timeless(lines()) == timeless(map(json.loads, first.splitlines()))
-    assert segmented == [(44, 30, 3), (40, 40, 3)]
+    assert segmented == [(44, 30), (40, 40)]
 
 
 def test_a_half_written_line_does_not_cost_the_next_image(model, parts):
@@ -189,11 +236,7 @@ def test_a_half_written_line_does_not_cost_the_next_image(model, parts):
     text = Path("out/results.jsonl").read_text()
     Path("out/results.jsonl").write_text(text[:text.index("\n") + 20])
     assert icas_main(*arguments, model=model) == 0
-    broken = Path("out/results.jsonl").read_text().splitlines()
-    assert len(broken) == 5 and broken.pop(1) == text[text.index("\n") + 1:][:19]
-    assert [json.loads(line)["image"] for line in broken] == parts
-    assert icas_main(*arguments, model=model) == 0  # and a third run has nothing to do
-    assert len(Path("out/results.jsonl").read_text().splitlines()) == 5
+    assert timeless(lines()) == timeless(map(json.loads, text.splitlines()))
 
 
 def test_a_second_folder_in_one_output_is_added(model, parts, rng):
@@ -207,8 +250,8 @@ def test_a_second_folder_in_one_output_is_added(model, parts, rng):
 
 
 @pytest.mark.parametrize("change", [
-    ["--threshold", "0.3"], ["--normal", "good"], ["--turns"], ["--range", "0", "255"], "mask",
-    "version", "command"])
+    ["--normal", "good"], ["--turns"], ["--range", "0", "255"], "mask", "version", "command",
+    "older"])
 def test_results_of_other_arguments_are_never_mixed_in(model, parts, capsys, monkeypatch, change):
     arguments = ["segment", "parts/a.png", "--out", "out", *DEFECT]
     assert icas_main(*arguments, model=model) == 0
@@ -219,6 +262,9 @@ def test_results_of_other_arguments_are_never_mixed_in(model, parts, capsys, mon
         monkeypatch.setattr(icas, "__version__", "99")
     elif change == "command":
         arguments = ["detect", "parts/a.png", "--normal", "good", "--out", "out"]
+    elif change == "older":  # as icas 0.7.0 wrote it
+        Path("out/run.json").write_text(json.dumps({"task": "segment", "version": "0.7.0"}))
+        before = {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()}
     else:
         arguments += change
     capsys.readouterr()
@@ -229,11 +275,11 @@ def test_results_of_other_arguments_are_never_mixed_in(model, parts, capsys, mon
     assert {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()} == before
 
 
-def test_another_device_or_list_of_pictures_or_coco_file_is_the_same_run(model, parts):
+def test_another_device_or_list_of_pictures_is_the_same_run(model, parts):
     assert icas_main("segment", "parts/a.png", *DEFECT, "--out", "out", model=model) == 0
     assert icas.main(["segment", "parts", *DEFECT, "--out", "out", "--model", model, "--device",
-                      "auto", "--coco", "coco.json"]) == 0
-    assert [r["image"] for r in lines()] == parts and Path("coco.json").is_file()
+                      "auto"]) == 0
+    assert [r["image"] for r in lines()] == parts
 
 
 def test_ctrl_c_gives_130_and_the_same_command_goes_on(model, parts, capsys, monkeypatch):
@@ -247,21 +293,66 @@ def test_ctrl_c_gives_130_and_the_same_command_goes_on(model, parts, capsys, mon
     monkeypatch.setattr(icas, "segment", interrupted)
     assert icas_main(*arguments, model=model) == 130
     said = capsys.readouterr()
-    assert said.err == "icas: stopped; run the same command to go on\n"
+    assert said.err == "icas: stopped after 2 of 4; run the same command to go on\n"
     assert [r["image"] for r in lines()] == parts[:2]
     assert icas_main(*arguments, model=model) == 0
     assert [r["image"] for r in lines()] == parts and len(calls) == 5
 
 
+def test_ctrl_c_while_prompts_are_encoded_is_one_line_too(model, parts, capsys, monkeypatch):
+    def interrupted(*a, **k):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(icas, "encode_pixels", interrupted)
+    assert icas_main("segment", "parts", *DEFECT, "--out", "out", model=model) == 130
+    said = capsys.readouterr().err
+    assert said == "icas: stopped; run the same command to go on\n" and not Path("out").exists()
+
+
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("owner, name", [
+    (np, "savez"), (icas, "write_image"), (icas, "write_text"), (icas, "save_file")])
+def test_a_full_disk_is_one_line(model, parts, capsys, monkeypatch, owner, name):
+    def full(*a, **k):
+        raise FULL
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, full)
+        command = (["prompts", *DEFECT, "--out", "p.safetensors"] if name == "save_file" else
+                   ["segment", "parts", *DEFECT, "--out", "out"])
+        assert icas_main(*command, model=model) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("icas: ") and said.err.count("\n") == 1
+    assert "No space left on device" in said.err
+    assert not list(Path().glob("p.safetensors*"))
+    assert icas_main(*command, model=model) == 0  # and with room again the command goes on
+
+
 def test_a_broken_file_is_reported_and_the_rest_is_kept(model, parts, capsys):
-    Path("parts/b.png").write_bytes(Path("parts/b.png").read_bytes()[:100])
-    assert icas_main("segment", "parts", *DEFECT, "--out", "out", "--coco", "coco.json",
-                     model=model) == 1
+    whole = Path("parts/b.png").read_bytes()
+    Path("parts/b.png").write_bytes(whole[:100])
+    arguments = ["segment", "parts", *DEFECT, "--out", "out"]
+    assert icas_main(*arguments, model=model) == 1
     said = capsys.readouterr()
     assert [r["image"] for r in lines()] == [p for p in parts if p != "b.png"]
-    assert said.err.startswith("icas: parts/b.png: ") and said.err.count("\n") == 1
-    assert "3 of 4 images" in said.out and "1 failed" in said.out
-    assert len(json.loads(Path("coco.json").read_text())["images"]) == 3
+    first, last = said.err.splitlines()
+    assert first.startswith("icas: parts/b.png: ") and last.startswith("icas: 1 ")
+    assert "failed" in last
+    assert "of 3 pictures" in said.out
+    assert len(json.loads(Path("out/coco.json").read_text())["images"]) == len(table()) == 3
+    Path("parts/b.png").write_bytes(whole)
+    assert icas_main(*arguments, model=model) == 0 and [r["image"] for r in lines()] == parts
+
+
+def test_a_broken_picture_closes_its_file(tmp_path, rng):
+    path = tmp_path / "broken.png"
+    Image.fromarray(rng.integers(0, 256, (60, 60, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError) as caught:
+        icas.to_rgb(path)
+    held = [os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")
+            if os.path.exists(f"/proc/self/fd/{n}")]
+    assert str(path) not in held and "broken.png" in str(caught.value)  # the traceback still lives
 
 
 SEGMENT = ["segment", "parts", "--out", "out"]
@@ -299,7 +390,14 @@ SEGMENT = ["segment", "parts", "--out", "out"]
     ([*SEGMENT, *DEFECT, "--threshold", "2"], "threshold: expected"),
     (["detect", "parts", "--normal", "good", "--false-positive-rate", "0", "--out", "out"],
      "false_positive_rate: expected"),
-    (["segment", "parts", *DEFECT, "--out", "defect.png"], "defect.png"),
+    (["segment", "parts", *DEFECT, "--out", "defect.png"], "--out: defect.png is a file"),
+    ([*SEGMENT, "--anomaly", "defect.png"], "--anomaly: expected IMAGE MASK, IMAGE X0 Y0 X1 Y1"),
+    ([*SEGMENT, "--anomaly", "defect.png", "1", "2", "3"], "got 4 words: defect.png 1 2 3"),
+    ([*SEGMENT, "--anomaly", "defect.png", "1", "2", "3", "x"], "--anomaly: "),
+    ([*SEGMENT, "--anomaly", "defect.png", "1", "2", "41", "9"],
+     "anomalies[0] mask: expected 0 <= x0 < x1 <= 40"),
+    ([*SEGMENT, "--anomaly", "defect.png", "no_such.json"], "no_such.json': no such file"),
+    ([*SEGMENT, "--anomaly", "defect.png", "defect.png"], "is a picture, not a mask"),
 ])
 def test_wrong_use_exits_with_2_and_one_line(model, parts, capsys, arguments, fragment):
     Path("empty").mkdir()
@@ -312,13 +410,14 @@ def test_wrong_use_exits_with_2_and_one_line(model, parts, capsys, arguments, fr
     assert said.out == "" and said.err.startswith("icas: ") and said.err.count("\n") == 1
     assert fragment in said.err
     assert not Path("out").exists()  # nothing is written by wrong use
+    assert read("defect.png").shape == (40, 40, 3)
 
 
 @pytest.mark.parametrize("arguments", [
     [], ["paint"], ["segment", "parts"], ["segment", "--out", "out"],
     ["segment", "x", "--out", "o", "--point", "3"],
-    ["segment", "x", "--out", "o", "--threshold", "high"],
-    ["segment", "x", "--out", "o", "--anomaly", "one"]])
+    ["segment", "x", "--out", "o", "--threshold", "high"], ["segment", "x", "--out", "o", "--coco"],
+    ["segment", "x", "--out", "o", "--anomaly"], ["threshold"], ["threshold", "o", "--rate", "x"]])
 def test_the_parser_refuses_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         icas.main(arguments)
@@ -338,40 +437,44 @@ def test_version_and_help(capsys):
 
 
 def test_detect_with_a_folder_of_good_parts(model, parts):
-    assert icas_main("detect", "parts", "good/1.png", "--normal", "good", "--out", "out", "--coco",
-                     "out/coco.json", "--false-positive-rate", "0.2", model=model) == 0
+    assert icas_main("detect", "parts", "good/1.png", "--normal", "good", "--out", "out",
+                     "--false-positive-rate", "0.2", model=model) == 0
     loaded = icas.load(model, device="cpu")
     references = icas.encode(normals=["good/1.png", "good/2.png"], model=loaded)
-    found = lines()
-    assert [r["image"] for r in found] == [*parts, "1.png"]
+    found, run = lines(), run_json()
+    assert [r["image"] for r in found] == sorted([*parts, "1.png"])
+    assert run["rate"] == 0.2 and run["threshold"] == found[0]["threshold"]
+    scores = icas.prepare(references, model=loaded).good.scores
+    assert run["good"] == pytest.approx(scores.tolist(), abs=1e-6)
     for r in found:
         path = Path("good" if r["image"] == "1.png" else "parts", r["image"])
         expected = icas.detect(path, references, false_positive_rate=0.2, model=loaded)
         assert r["score"] == pytest.approx(expected.score, abs=1e-6)
         assert r["threshold"] == pytest.approx(expected.threshold, abs=1e-6)
-        assert r["label"] == ("anomalous" if expected.is_anomalous else "good")
+        assert r["label"] == ("bad" if expected.is_anomalous else "good")
         marked = (expected.map > expected.threshold) & expected.is_anomalous
         np.testing.assert_array_equal(read(Path("out", r["mask"])) > 0, marked)
         assert r["area"] == marked.sum() == sum(b["area"] for b in r["regions"])
-    assert found[-1]["score"] < min(r["score"] for r in found[:-1])  # a reference against itself
-    assert json.loads(Path("out/coco.json").read_text())["images"][0]["file_name"] == "a.png"
+    by_name = {r["image"]: r["score"] for r in found}
+    assert by_name.pop("1.png") < min(by_name.values())  # a reference against itself
+    assert names_in(coco_of("out/coco.json")) == list(map(str, sorted([*parts, "1.png"])))
 
 
-@pytest.mark.parametrize("is_anomalous", [False, True])
-def test_a_part_called_good_shows_no_region(model, parts, monkeypatch, is_anomalous):
-    heat = np.zeros((40, 40), np.float32)
-    heat[3:6, 3:9] = 2  # above the threshold, and too small to make the part anomalous
-    score = 1.5 if is_anomalous else 0.5
-    monkeypatch.setattr(icas, "detect", lambda *a, **k: icas.Detection(score, heat, 1.0,
-                                                                       is_anomalous))
-    assert icas_main("detect", "parts/a.png", "--normal", "good", "--out", "out", "--coco",
-                     "coco.json", model=model) == 0
+@pytest.mark.parametrize("is_bad", [False, True])
+def test_a_part_called_good_shows_no_contour_and_no_region(model, parts, monkeypatch, is_bad):
+    heat = np.zeros((1, 40, 40), np.float32)
+    heat[0, 3:6, 3:9] = 9  # above the threshold, and too small to make the part bad
+    score = 8.0 if is_bad else 0.5
+    monkeypatch.setattr(icas, "detect", lambda *a, **k: icas.Detection(score, heat, (40, 40), 0))
+    assert icas_main("detect", "parts/a.png", "--normal", "good", "--out", "out", model=model) == 0
     record, = lines()
-    count = int(is_anomalous)
-    assert len(record["regions"]) == count and record["area"] == 18 * count
-    assert record["label"] == ("good", "anomalous")[count]
+    count = int(is_bad)
+    assert score != record["threshold"] and len(record["regions"]) == count
+    assert record["area"] == 18 * count and record["label"] == ("good", "bad")[count]
     assert (read("out/masks/a.png") > 0).sum() == 18 * count
-    assert len(json.loads(Path("coco.json").read_text())["annotations"]) == count
+    assert len(json.loads(Path("out/coco.json").read_text())["annotations"]) == count
+    plain = icas.overlay("parts/a.png", heat[0], np.zeros((40, 40), bool), *run_json()["scale"])
+    assert np.array_equal(read("out/overlays/a.png"), plain) == (not is_bad)
 
 
 def test_prompts_are_encoded_once_and_used_again(model, parts, capsys):
@@ -408,13 +511,23 @@ def test_sixteen_bit_images_need_a_range(model, parts, rng, capsys):
         deep = rng.integers(0, 4096, (40, 40), dtype=np.uint16)
         Image.fromarray(deep).save(f"deep/{name}.png")
     assert icas_main("segment", "deep/x.png", *DEFECT, "--out", "no", model=model) == 1
-    assert "--range LOW HIGH" in capsys.readouterr().err
-    assert not Path("no/results.jsonl").exists()
+    assert "or --range 0 4095 on the command line" in capsys.readouterr().err
+    assert lines("no") == []
     assert icas_main("segment", "deep/x.png", "--anomaly", "deep/y.png", "mask.png", "--range", "0",
                      "4095", "--out", "out", model=model) == 0
     assert [r["image"] for r in lines()] == ["x.png"]
     assert icas_main("detect", "deep/x.png", "--normal", "deep/y.png", "--out", "no",
                      model=model) == 2
+
+
+def test_a_range_leaves_pictures_of_eight_bits_in_the_same_folder_alone(model, parts):
+    for out, how in (("plain", []), ("ranged", ["--range", "0", "4095"])):
+        assert icas_main("detect", "parts", "--normal", "good", *how, "--out", out,
+                         model=model) == 0
+    assert timeless(lines("plain")) == timeless(lines("ranged"))
+    for name in parts:
+        np.testing.assert_array_equal(*(read(f"{out}/overlays/{name}")
+                                        for out in ("plain", "ranged")))
 
 
 def test_turned_files_are_marked_as_they_are_seen(model, parts, rng):
@@ -428,6 +541,45 @@ def test_turned_files_are_marked_as_they_are_seen(model, parts, rng):
     one, other = lines()
     assert (other["height"], other["width"]) == (30, 50) and one["score"] == other["score"]
     np.testing.assert_array_equal(*(read(f"out/overlays/{n}.png") for n in ("upright", "turned")))
+    coco = coco_of("out/coco.json")
+    assert [(i["height"], i["width"]) for i in coco.loadImgs(coco.getImgIds())] == [(30, 50)] * 2
+
+
+def test_a_large_picture_is_seen_reduced_and_its_results_have_its_own_size(model, parts, rng,
+                                                                           monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    smooth = np.kron(rng.integers(0, 256, (15, 25, 3), dtype=np.uint8), np.ones((8, 8, 1)))
+    smooth = smooth.astype(np.uint8)
+    Image.fromarray(smooth).save("large.png")
+    Image.fromarray(np.ascontiguousarray(np.rot90(smooth))).save("large.jpg", exif=exif, quality=99)
+    mark = np.zeros((120, 200), np.uint8)
+    mark[30:60, 50:90] = 255
+    Image.fromarray(mark).save("large_mask.png")
+    loaded, seen, encode = icas.load(model, device="cpu"), [], icas.encode_pixels
+    whole = [icas.segment(f, anomalies=[("large.png", "large_mask.png")], model=loaded)
+             for f in ("large.png", "large.jpg")]
+    monkeypatch.setattr(icas, "PIXELS", 2000)
+    monkeypatch.setattr(icas, "encode_pixels", lambda pixels, *a: seen.append(pixels.shape)
+                        or encode(pixels, *a))
+    assert icas_main("segment", "large.jpg", "large.png", "--anomaly", "large.png",
+                     "large_mask.png", "--out", "out", model=model) == 0
+    assert all(h * w <= 2000 and c == 3 for h, w, c in seen)
+    for r, expected in zip(lines(), whole[::-1], strict=True):
+        assert (r["height"], r["width"]) == (120, 200) == read(f"out/{r['mask']}").shape
+        with np.load(f"out/maps/{r['image']}.npz") as file:
+            odds = file["maps"]
+        assert np.corrcoef(odds.ravel(), expected.maps.ravel())[0, 1] > 0.9
+
+
+def test_progress_is_shown_while_prompts_are_encoded_and_while_working(model, parts, capsys,
+                                                                       monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert icas_main("segment", "parts", *DEFECT, "--normal", "good", "--out", "out",
+                     model=model) == 0
+    said = capsys.readouterr().err
+    for what, count in (("anomalies", 1), ("normals", 2), ("pictures", 4)):
+        assert f"{what}: 100%" in said and f"{count}/{count} [" in said
 
 
 # ---- another encoder -----------------------------------------------------------------------------
@@ -461,43 +613,74 @@ def test_every_command_takes_another_encoder(model, parts, capsys):
 # ---- several processes ---------------------------------------------------------------------------
 
 
-def test_ranks_share_the_pictures_and_the_last_one_writes_coco(model, parts, monkeypatch, capsys):
+def test_ranks_share_the_pictures_and_rank_0_joins_what_they_found(model, parts, monkeypatch,
+                                                                   capsys):
     cut = ["--threshold", middle_threshold(model)]
-    assert icas_main("segment", "parts", *DEFECT, *cut, "--out", "one", "--coco", "one.json",
-                     model=model) == 0
+    command = ["segment", "parts", *DEFECT, *cut, "--out"]
+    assert icas_main(*command, "one", model=model) == 0
+    capsys.readouterr()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, share in ((1, parts[1::2]), (0, parts[1::2] + parts[::2])):
-        monkeypatch.setenv("RANK", str(rank))
-        assert icas_main("segment", "parts", *DEFECT, *cut, "--out", "two", "--coco", "two.json",
-                         model=model) == 0
-        assert [r["image"] for r in lines("two")] == share
-        shown = coco_of("two.json")  # what has been found by then
-        assert [i["file_name"] for i in shown.loadImgs(shown.getImgIds())] == sorted(share)
-    assert "2 of 4 images" in (said := capsys.readouterr().out) and said.count("4 of 4 images") == 2
-    by_name = [sorted(timeless(lines(out)), key=lambda r: r["image"]) for out in ("one", "two")]
-    assert by_name[0] == by_name[1]
-    assert sorted(p.name for p in Path("two").iterdir()) == ["masks", "overlays", "results.jsonl",
-                                                             "run.json"]
-    for mask in Path("one/masks").rglob("*.png"):
-        np.testing.assert_array_equal(read(mask), read(Path("two", mask.relative_to("one"))))
-    coco = coco_of("two.json")
-    assert [i["file_name"] for i in coco.loadImgs(coco.getImgIds())] == parts
-    assert len(coco.getAnnIds()) and Path("one.json").read_text() == Path("two.json").read_text()
+    for name, value in (("is_initialized", True), ("barrier", None)):  # one rank after the other
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    monkeypatch.setenv("RANK", "1")
+    assert icas_main(*command, "two", model=model) == 0
+    assert capsys.readouterr().out == "" and not Path("two/results.jsonl").exists()
+    share = Path("two/results.1.jsonl").read_text().splitlines()
+    assert [json.loads(line)["image"] for line in share] == parts[1::2]
+    monkeypatch.setenv("RANK", "0")
+    assert icas_main(*command, "two", model=model) == 0
+    assert "of 4 pictures" in capsys.readouterr().out
+    assert not list(Path("two").glob("results.*.jsonl"))
+    same_files("one", "two")
+    forbid(monkeypatch, "segment")  # and another run, of any number of ranks, has nothing to do
+    for rank in "10":
+        monkeypatch.setenv("RANK", rank)
+        assert icas_main(*command, "two", model=model) == 0
+    same_files("one", "two")
+
+
+def test_one_process_goes_on_where_several_were_stopped(model, parts, monkeypatch):
+    command = ["segment", "parts", *DEFECT, "--out", "out"]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        patch.setenv("RANK", "1")
+        assert icas_main(*command, model=model) == 0
+    shapes, segment = [], icas.segment
+    monkeypatch.setattr(icas, "segment", lambda image, *a, **k: shapes.append(image.shape)
+                        or segment(image, *a, **k))
+    assert icas_main(*command, model=model) == 0
+    assert shapes == [(40, 40), (44, 30)] and [r["image"] for r in lines()] == parts
+
+
+def same_files(one, two):
+    """Results are equal byte by byte but for the seconds; the report but for the folder's name."""
+    assert timeless(lines(one)) == timeless(lines(two)) and len(lines(one)) == 4
+    assert timeless(table(one)) == timeless(table(two)) and list(table(one)) != []
+    files = [{p.relative_to(out) for p in Path(out).rglob("*") if p.is_file()}
+             for out in (one, two)]
+    assert files[0] == files[1]
+    for file in files[0]:
+        if file.name not in ("results.csv", "results.jsonl", "report.html"):
+            assert Path(one, file).read_bytes() == Path(two, file).read_bytes(), file
+    reports = [Path(out, "report.html").read_text().replace(f'"out": "{out}"', "")
+               for out in (one, two)]
+    assert reports[0] == reports[1]
 
 
 def test_two_processes_at_once_give_what_one_gives(model, parts):
     Path("runner.py").write_text(
         "import sys, torch, icas\ntorch.set_num_threads(1)\nicas.ENCODERS['tiny14'] = (48, 4, 3)\n"
         f"icas.DETAIL = {icas.DETAIL!r}\nsys.exit(icas.main(sys.argv[1:]))\n")
+    Path("parts/notes.txt").write_text("not an image")
     assert icas_main("segment", "parts", *DEFECT, "--out", "one", model=model) == 0
-    shutil.copytree("one", "two", ignore=lambda folder, names: {"results.jsonl"} & set(names))
     run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          "runner.py", "segment", "parts", *DEFECT, "--out", "two", "--model", model, "--device",
          "cpu"], capture_output=True, text=True, timeout=120,
         env=os.environ | {"PYTHONPATH": str(HOME), "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr
-    by_name = [sorted(timeless(lines(out)), key=lambda r: r["image"]) for out in ("one", "two")]
-    assert by_name[0] == by_name[1] and "4 of 4 images" in run.stdout
-    for mask in Path("one/masks").rglob("*.png"):
-        np.testing.assert_array_equal(read(mask), read(Path("two", mask.relative_to("one"))))
+    assert run.stdout.count("of 4 pictures") == 1  # one rank alone speaks of the whole
+    assert run.stderr.count("parts/notes.txt") == 1
+    same_files("one", "two")

@@ -122,11 +122,48 @@ def test_alpha_is_laid_over_white():
 
 
 def test_a_range_of_values_does_not_scale_alpha():
-    red = np.array([[[150, 100, 100, 255], [150, 100, 100, 0], [200, 100, 100, 51]]], np.uint8)
+    red = np.array([[[150, 100, 100, 65535], [150, 100, 100, 0], [200, 100, 100, 13107]]],
+                   np.uint16)
     expected = [[[128, 0, 0], [255, 255, 255], [255, 204, 204]]]
-    for image in (red, Image.fromarray(red)):
-        found = icas.to_rgb(image, value_range=(100, 200)).numpy()
-        np.testing.assert_array_equal(found, expected)
+    found = icas.to_rgb(red, value_range=(100, 200)).numpy()
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_range_of_values_leaves_pictures_of_eight_bits_alone(tiny, rng, tmp_path):
+    image = picture(rng)
+    Image.fromarray(image).save(tmp_path / "image.png")
+    for given in (image, Image.fromarray(image), tmp_path / "image.png"):
+        np.testing.assert_array_equal(icas.to_rgb(given, value_range=(0, 4095)).numpy(), image)
+    deep = {"value_range": (0, 4095), "model": tiny}
+    plain, ranged = (icas.encode([(image, blob())], [image], **how)
+                     for how in ({"model": tiny}, deep))
+    for a, b in zip(plain.shots, ranged.shots, strict=True):
+        assert torch.equal(a.maps, b.maps)
+    assert torch.equal(icas.encode_image(image, **deep).features.maps,
+                       icas.encode_image(image, model=tiny).features.maps)
+
+
+def test_sixteen_bits_are_encoded_with_their_range(tiny, rng):
+    image = picture(rng)
+    deep, how = image.astype(np.uint16) * 257, {"value_range": (0, 65535), "model": tiny}
+    eight = icas.encode([(image, blob())], [image], model=tiny)
+    sixteen = icas.encode([(deep, blob())], [deep], **how)
+    for a, b in zip(eight.shots, sixteen.shots, strict=True):
+        assert torch.equal(a.maps, b.maps)
+    same(icas.segment(icas.encode_image(deep, **how), sixteen, model=tiny),
+         icas.segment(image, eight, model=tiny))
+
+
+@pytest.mark.parametrize("highest, likely", [
+    (1, 1), (200, 255), (256, 1023), (1023, 1023), (1024, 4095), (4000, 4095), (9000, 16383),
+    (16384, 65535), (65535, 65535)])
+def test_the_likeliest_range_is_named_where_one_is_needed(highest, likely):
+    deep = np.array([[0, highest]], np.uint16)
+    with pytest.raises(ValueError) as caught:
+        icas.to_rgb(deep)
+    assert f"value_range=(0, {likely})" in str(caught.value)
+    assert f"--range 0 {likely} on the command line" in str(caught.value)
+    assert icas.to_rgb(deep, value_range=(0, likely)).max() == round(255 * highest / likely)
 
 
 def test_a_transparent_palette_colour_becomes_white():
@@ -217,6 +254,70 @@ def test_a_mask_of_one_pixel_is_a_prompt_like_any_other(tiny, rng):
     image = picture(rng)
     scores = [icas.segment(image, r, model=tiny).score for r in (references, elsewhere)]
     assert np.isfinite(scores).all() and np.abs(scores[0] - scores[1]).max() > 1e-3
+
+
+# ---- large pictures ------------------------------------------------------------------------------
+
+
+def test_shrinking_takes_the_means_of_blocks_and_at_the_edge_of_what_is_there(rng):
+    image = picture(rng, 300, 10)
+    found = icas.shrink(torch.from_numpy(image), 4).numpy()
+    assert found.shape == (75, 3, 3)
+    for y, x in ((0, 0), (74, 1), (40, 2)):
+        block = image[4 * y:4 * y + 4, 4 * x:4 * x + 4]
+        np.testing.assert_allclose(found[y, x], block.mean(axis=(0, 1)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_a_large_file_is_read_reduced_and_its_own_size_is_kept(rng, tmp_path, suffix):
+    image = np.kron(picture(rng, 30, 50), np.ones((8, 8, 1))).astype(np.uint8)
+    path = turned(tmp_path / f"large.{suffix}", image, **({"quality": 95} if suffix == "jpg" else
+                                                          {}))
+    whole, shape = icas.read_rgb(path)
+    assert tuple(whole.shape[:2]) == shape == (240, 400)
+    small, shape = icas.read_rgb(path, most=6000)
+    h, w = small.shape[:2]
+    assert shape == (240, 400) and 1500 < h * w <= 6000 and small.dtype == torch.uint8
+    assert w / h == pytest.approx(400 / 240, rel=0.05)
+    expected = np.array(Image.fromarray(image).resize((w, h), Image.Resampling.BOX))
+    assert np.abs(expected.astype(int) - small.numpy()).mean() < 12
+
+
+def test_marks_on_a_large_picture_lie_where_they_lie_on_a_small_one(tiny, rng, monkeypatch):
+    image = np.kron(picture(rng, 30, 50), np.ones((4, 4, 1))).astype(np.uint8)
+    dot, spot = np.zeros((2, 120, 200), bool)
+    dot[77, 31] = spot[40:80, 60:120] = True
+    clicks = ({"points": [(90, 60), (199.9, 119.9)], "point_labels": [1, 0]},
+              {"boxes": [(60, 40, 120, 80)]}, {"mask": spot}, {"points": [(199.9, 119.9)]})
+    prompts = [icas.encode([(image, m)], turns=False, model=tiny) for m in (dot, spot)]
+    found = [icas.segment(image, model=tiny, **c) for c in clicks]
+    monkeypatch.setattr(icas, "PIXELS", 1600)   # blocks of 4 x 4 pixels
+    for m, whole in zip((dot, spot), prompts, strict=True):
+        shot, = icas.encode([(image, m)], turns=False, model=tiny).shots
+        np.testing.assert_allclose(shot.sides, whole.shots[0].sides, atol=1e-4)
+        assert shot.sides[0].max() > 0 and shot.fine_sides[0].max() > 0
+    for c, whole in zip(clicks, found, strict=True):
+        sides = icas.mark_sides((120, 200), *(c.get(k) for k in (
+            "points", "point_labels", "boxes", "mask")))
+        assert sides.shape == (3, 30, 50) and sides[0].any() and sides[1].any()
+        again = icas.segment(image, model=tiny, **c)
+        assert again.mask.shape == (120, 200)
+        assert np.corrcoef(again.maps.ravel(), whole.maps.ravel())[0, 1] > 0.8
+
+
+# ---- overlays ------------------------------------------------------------------------------------
+
+
+def test_an_overlay_has_a_scale_with_the_two_ends_in_numbers_where_there_is_room(rng):
+    image, heat, none = np.zeros((120, 160, 3), np.uint8), np.zeros((120, 160)), np.zeros(
+        (120, 160), bool)
+    one, other = (icas.overlay(image, heat + low, none, low, high)
+                  for low, high in ((0, 1), (1, 2.5)))
+    lower = np.s_[90:]
+    assert (one[lower] != other[lower]).any() and (one[:90] == other[:90]).all()
+    small = [icas.overlay(image[:40, :40], heat[:40, :40] + low, none[:40, :40], low, high)
+             for low, high in ((0, 1), (1, 2.5))]
+    np.testing.assert_array_equal(*small)
 
 
 # ---- segment -------------------------------------------------------------------------------------
@@ -341,7 +442,7 @@ def test_clicks_are_looked_at_twice(tiny, rng, monkeypatch):
     odds[20:30, 5:9], odds[:4] = 1.5, -1.5  # sure of a defect, and of a good part
     odds[33:38, 33:38] = 1.5                # over a negative click
     sides = icas.mark_sides((40, 40), *clicks.values(), None, None)
-    shot = icas.make_shot(features, icas.join_sure(sides, odds)[:2], "defect")
+    shot = icas.make_shot(features, icas.join_sure(sides, odds.numpy())[:2], "defect")
     foreground, background = np.zeros((40, 40)), np.zeros((40, 40))
     y, x = np.mgrid[:40, :40]
     foreground[(x - 8) ** 2 + (y - 8) ** 2 <= (40 / 74) ** 2] = foreground[20:30, 5:9] = 1
@@ -369,7 +470,7 @@ def test_boxes_and_a_mask_stay_in_the_second_look_at_clicks(labels, level):
     mask[30:36, 4:9] = True
     points = [(8, 8), (36, 20)][:len(labels)]
     sides = icas.mark_sides((40, 40), points, labels, box, mask)
-    found = icas.join_sure(sides, torch.full((40, 40), level))
+    found = icas.join_sure(sides, np.full((40, 40), level, np.float32))
     inside = torch.zeros(40, 40, dtype=torch.bool)
     inside[3:12, 20:30] = inside[30:36, 4:9] = inside[8, 8] = True
     assert found[0][inside].all() and not found[1][inside].any()
@@ -412,18 +513,25 @@ def test_a_click_works_on_a_long_image(tiny, rng):
     assert icas.segment(picture(rng, 6, 90), points=[(85, 3)], model=tiny).mask.shape == (6, 90)
 
 
-def test_boxes_are_the_connected_regions_largest_first(rng):
-    mask = np.zeros((6, 9), bool)
-    mask[0, 0] = mask[1, 1] = True  # touch at a corner: one region
-    mask[3:6, 5:9] = True
-    labels = rng.random((2, 6, 9)).astype(np.float32) * 0.1
-    labels[1, 3:6, 5:9] += 0.5
-    labels[0, :2, :2] += 0.5
-    found = icas.Segmentation(mask, labels.max(axis=0), ["a", "b"], labels, 0.5).boxes()
+def sure_of(*masks, labels=("a", "b"), threshold=0.5):
+    """The result of log-odds 2 (score 0.88) in each label's mask and -2 elsewhere."""
+    maps = np.where(np.stack(masks), np.float32(2), np.float32(-2))
+    return icas.Segmentation(maps, list(labels[:len(maps)]), masks[0].shape, threshold)
+
+
+def test_boxes_are_the_connected_regions_largest_first():
+    small, large = np.zeros((2, 6, 9), bool)
+    small[0, 0] = small[1, 1] = True  # touch at a corner: one region
+    large[3:6, 5:9] = True
+    found = sure_of(small, large).boxes()
     assert [(r["bbox"], r["area"], r["label"]) for r in found] == [
         ([5, 3, 4, 3], 12, "b"), ([0, 0, 2, 2], 2, "a")]
-    assert found[0]["score"] == pytest.approx(labels.max(axis=0)[3:6, 5:9].max())
-    assert icas.Segmentation(mask & False, labels[0], ["a"], labels[:1], 0.5).boxes() == []
+    assert [r["score"] for r in found] == pytest.approx([1 / (1 + np.exp(-2))] * 2)
+    assert sure_of(small & False).boxes() == []
+    heat = large * np.float32(3)
+    bad = icas.Detection(2.0, heat[None], heat.shape, 1.0)
+    assert [(r["bbox"], r["score"]) for r in bad.boxes()] == [([5, 3, 4, 3], 3.0)]
+    assert icas.Detection(0.5, heat[None], heat.shape, 1.0).boxes() == []
 
 
 def test_rle_is_what_pycocotools_reads(tiny, rng, references):
@@ -431,9 +539,38 @@ def test_rle_is_what_pycocotools_reads(tiny, rng, references):
     cut = float(np.median(icas.segment(image, references, model=tiny).score))
     found = icas.segment(image, references, threshold=cut, model=tiny)
     assert 0 < found.mask.mean() < 1
-    for mask in (found.mask, np.zeros((3, 4), bool), np.ones((3, 4), bool)):
-        code = icas.Segmentation(mask, mask, ["a"], mask[None], 0.5).rle()
-        np.testing.assert_array_equal(coco.decode(code), mask)
+    heat = np.arange(12, dtype=np.float32).reshape(1, 3, 4)
+    for result in (found, sure_of(np.zeros((3, 4), bool)), sure_of(np.ones((3, 4), bool)),
+                   icas.Detection(9.0, heat, (3, 4), 5.0)):
+        np.testing.assert_array_equal(coco.decode(result.rle()), result.mask)
+
+
+def test_a_result_is_judged_anew_at_another_threshold_without_the_model(tiny, rng, references):
+    image = picture(rng, 37, 53)
+    found = icas.segment(image, references, model=tiny)
+    detected = icas.detect(image, references, model=tiny)
+    cuts = np.quantile(found.score, [0.2, 0.8])
+    for cut in map(float, cuts):
+        again = dataclasses.replace(found, threshold=cut)
+        same(again, icas.segment(image, references, threshold=cut, model=tiny))
+        assert 0 < again.mask.mean() < 1 and again.threshold == cut
+        assert again.boxes() != found.boxes()
+    for cut, is_anomalous in ((detected.score - 0.01, True), (detected.score + 0.01, False)):
+        again = dataclasses.replace(detected, threshold=cut)
+        assert again.is_anomalous == is_anomalous
+        np.testing.assert_array_equal(again.mask, (again.map > cut) & is_anomalous)
+        assert (again.boxes() == []) == (not again.mask.any())
+
+
+def test_results_keep_the_small_maps_and_show_them_at_any_size(tiny, rng, references):
+    image, (h0, w0) = picture(rng, 370, 530), icas.token_grid(370, 530, tiny.config)
+    for found in (icas.segment(image, references, model=tiny),
+                  icas.detect(image, references, model=tiny)):
+        assert found.maps.shape == (1, 4 * h0, 4 * w0) and found.maps.dtype == np.float32
+        assert found.mask.shape == found.shape == (370, 530)
+        small = dataclasses.replace(found, shape=(37, 53))
+        assert small.mask.shape == (37, 53) and small.label_scores.shape == (1, 37, 53)
+        assert small.mask is small.mask  # made once
 
 
 # ---- encoded once, used many times ---------------------------------------------------------------
@@ -482,6 +619,15 @@ def test_references_are_pooled_once_when_prepared(tiny, rng, references, monkeyp
         icas.segment(image, ready)
         icas.detect(image, ready)
     assert pooled == once and len(learned) == 1
+
+
+def test_the_prompt_of_a_label_is_made_when_asked_for_and_once(tiny, rng):
+    shots = [(picture(rng), blob(), label) for label in ("crack", "scratch")]
+    ready = icas.prepare(icas.encode(shots, [picture(rng)], model=tiny), model=tiny)
+    assert ready.made == {}
+    crack = ready.prompt("crack")
+    assert set(ready.made) == {"crack"} and ready.prompt("crack") is crack and crack.shots == 8
+    assert ready.prompt("").shots == 1 and not ready.prompt("").foreground[0].any()
 
 
 def test_what_another_model_encoded_is_refused(tiny, rng, references):

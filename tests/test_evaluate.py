@@ -96,6 +96,41 @@ def test_every_task_runs_draws_and_replays_the_same(checkpoint, data, tmp_path, 
     assert all(p.name in page for p in pictures) and "icas" in page
 
 
+@pytest.mark.parametrize("task, options", [
+    ("semantic", []), ("fewshot", ["--shots", 1, 2, "--no-peers"])])
+def test_a_run_that_was_stopped_goes_on_after_its_last_finished_episode(
+        checkpoint, data, tmp_path, monkeypatch, capsys, task, options):
+    command = ["--task", task, "--data", data, "--seeds", 2, *options]
+    whole = run(*command, checkpoint=checkpoint, out=tmp_path / "whole")
+    scored, score = [], evaluate.score
+
+    def stopped(*a, **k):
+        scored.append(a)
+        if len(scored) == 3:
+            raise KeyboardInterrupt
+        return score(*a, **k)
+    monkeypatch.setattr(evaluate, "score", stopped)
+    try:
+        run(*command, checkpoint=checkpoint, out=tmp_path / "out")
+    except (KeyboardInterrupt, AssertionError):
+        pass
+    log, = (tmp_path / "out" / "parts").glob("*.jsonl")
+    kept = log.read_text()
+    assert len(kept.splitlines()) == 2
+    log.write_text(kept + "\n" + kept[:40])   # killed while it wrote
+    assert run(*command, checkpoint=checkpoint, out=tmp_path / "out")["data"] == whole["data"]
+    assert len(scored) == 3 + len(whole["episodes"]["toy"]) - 2
+    assert not list((tmp_path / "out" / "parts").glob("*.jsonl"))
+
+
+def test_progress_and_the_time_left_are_shown(checkpoint, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    result = run("--task", "semantic", "--data", data, "--seeds", 2, checkpoint=checkpoint,
+                 out=tmp_path / "out")
+    count, said = len(result["episodes"]["toy"]), capsys.readouterr().err
+    assert "semantic-toy" in said and f"{count}/{count} [" in said
+
+
 def test_a_normal_prompt_has_no_training_free_peer(checkpoint, data, tmp_path):
     result = run("--task", "semantic", "--data", data, "--seeds", 1, "--prompt", "normal",
                  checkpoint=checkpoint, out=tmp_path / "out")

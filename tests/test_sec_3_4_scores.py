@@ -190,13 +190,15 @@ def test_detection_takes_the_level_that_finds_most_beyond_what_unseen_good_parts
                         false_positive_rate=0.05, model=tiny)
     assert found.parts == pytest.approx(dict(zip(tokens, map(top, new))), rel=5e-3)
     assert found.score == pytest.approx(max(map(top, new)), rel=5e-3)
-    maps = [resize(x.reshape(n, n), (40, 40)) for x, n in zip(new, (8, 14))]
-    np.testing.assert_allclose(found.map, np.maximum(*maps), rtol=0.02)
-    # Student's t with a spread shrunk towards 15 % of the mean, as of 8 more parts
+    maps = [resize(x.reshape(n, n), (32, 32)) for x, n in zip(new, (8, 14))]
+    np.testing.assert_allclose(found.map, resize(np.maximum(*maps), (40, 40)), rtol=0.02)
+    # Student's t; the median deviation is shrunk towards 20 % of the median, as of 8 more parts
     scores, freedom = (own / typical[:, None]).max(axis=0), 8 + 3 - 1
-    spread = (8 * (0.15 * scores.mean()) ** 2 + ((scores - scores.mean()) ** 2).sum()) / freedom
+    low, middle, high = np.sort(scores)
+    deviation = 1.4826 * np.sort([middle - low, 0, high - middle])[1]
+    spread = (8 * (0.2 * middle) ** 2 + 2 * deviation ** 2) / freedom
     quantile = scipy.stats.t.ppf(0.95, freedom)
-    cut = scores.mean() + quantile * np.sqrt(spread * (1 + 1 / 3))
+    cut = middle + quantile * np.sqrt(spread * (1 + 1 / 3))
     assert found.threshold == pytest.approx(cut, rel=5e-3)
 
 
@@ -207,15 +209,56 @@ def test_the_image_score_is_the_mean_of_the_top_percent(rng):
     assert icas.top_share(torch.tensor([[[0.25, 0.5]]])).item() == 0.5
 
 
-def test_the_threshold_rises_as_fewer_false_alarms_are_allowed_and_falls_with_more_parts(tiny, rng):
-    def threshold(scores, rate):
-        ready = icas.prepare(icas.encode(normals=[np.zeros((14, 14), np.uint8)], turns=False,
-                                         model=tiny), model=tiny)
-        ready.__dict__["good"] = icas.GoodParts([], np.ones(1), np.array(scores))
-        return icas.good_threshold(ready, rate)
+def test_the_threshold_rises_as_fewer_false_alarms_are_allowed_and_falls_with_more_parts(rng):
     scores = rng.normal(1, 0.05, 40)
-    cuts = [threshold(scores, rate) for rate in (0.2, 0.05, 0.01)]
+    cuts = [icas.upper_limit(scores, rate) for rate in (0.2, 0.05, 0.01)]
     assert cuts[0] < cuts[1] < cuts[2]
-    same = [1.1, 0.9] * 10
-    assert threshold(same[:2], 0.01) > threshold(same[:4], 0.01) > threshold(same, 0.01)
+    same, limit = [1.1, 0.9] * 10, icas.upper_limit
+    assert limit(same[:2], 0.01) > limit(same[:4], 0.01) > limit(same, 0.01)
     assert (scores > cuts[2]).mean() <= 0.05
+
+
+def test_one_odd_good_part_does_not_decide_on_the_threshold():
+    alike = [0.95, 1.0, 1.05, 1.0, 0.97, 1.03]
+    usual = icas.upper_limit(alike, 0.05)
+    assert icas.upper_limit([*alike, 9.0], 0.05) == pytest.approx(usual, rel=0.1)
+
+
+def test_the_rate_of_false_positives_is_the_threshold_read_backwards(rng):
+    for count in (2, 4, 40):
+        scores = rng.normal(1, 0.1, count)
+        for rate in (0.5, 0.2, 0.01, 0.001):
+            cut = icas.upper_limit(scores, rate)
+            assert icas.false_positives(scores, cut) == pytest.approx(rate)
+    assert icas.false_positives([1.0, 1.1], 99) < 1e-6
+    assert icas.false_positives([1.0, 1.1], -99) > 1 - 1e-6
+
+
+# ---- segment leaves alone what looks like good parts (ours) --------------------------------------
+
+def test_a_region_that_is_nowhere_novel_falls_below_zero_and_the_rest_stays(rng):
+    odds = torch.from_numpy(rng.normal(size=(20, 20)).astype(np.float32) - 5)
+    odds[2:6, 2:6], odds[10:15, 10:15], odds[18, 18] = 3, 2, 1
+    novelty = torch.full((20, 20), 0.5)
+    novelty[12, 12] = 1.5   # one novel pixel keeps a region
+    found = icas.leave_good(odds, novelty)
+    expected = odds.clone()
+    expected[2:6, 2:6] = expected[18, 18] = 4 * (0.5 - 1)
+    torch.testing.assert_close(found, expected)
+
+
+def test_four_good_parts_keep_segment_off_what_looks_like_them_and_three_do_not(tiny, rng):
+    good = [rng.integers(100, 130, (90, 60, 3), dtype=np.uint8) for _ in range(4)]
+    blocks = rng.integers(0, 2, (9, 6, 3), dtype=np.uint8)
+    bad = np.kron(blocks, np.full((10, 10, 1), 255, np.uint8))
+    mask = np.zeros((90, 60), bool)
+    mask[20:40, 10:30] = True
+    for count in (3, 4):
+        ready = icas.prepare(icas.encode([(bad, mask)], good[:count], model=tiny), model=tiny)
+        plain = icas.label_parts(ready, icas.encode_image(good[0], model=tiny), "defect")["icas"]
+        raised = torch.full_like(plain, 2.0)   # as if all of it looked like the defect
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(icas, "label_parts", lambda *a, **k: {"icas": raised.clone()})
+            one, other = icas.segment([good[0], bad], ready, model=tiny)
+        assert one.is_anomalous == (count < 4) and other.is_anomalous
+        assert (one.maps == 2).all() == (count < 4)

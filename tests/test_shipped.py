@@ -1,6 +1,9 @@
 """The shipped checkpoint and the README, as a user meets them."""
 import json
+import os
 import shlex
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -103,6 +106,50 @@ def test_the_readme_s_commands_run_as_printed(folder):
     for command in commands:
         assert icas.main(shlex.split(command)[1:]) == 0, command
     assert json.loads((folder / "found" / "coco.json").read_text())["annotations"]
+
+
+# VmHWM is the peak of this process alone; ru_maxrss begins with that of the one that started it
+MEASURE = """
+import sys
+import icas
+status = icas.main(sys.argv[1:])
+print("peak in kilobytes:", next(x for x in open("/proc/self/status") if "VmHWM" in x).split()[1])
+sys.exit(status)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_large_picture_marked_all_over_takes_less_than_one_and_a_half_gigabytes(folder, cells):
+    from PIL import Image
+    size = 8000, 6000
+    Image.fromarray(cells[6]).resize(size, Image.Resampling.NEAREST).save("large.jpg", quality=50)
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, "segment", "large.jpg", "--anomaly", "scratched.png",
+         "scratched_mask.png", "--no-turns", "--threshold", "0", "--out", "large", "--device",
+         "cpu"], capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout.split("kilobytes:")[1]) * 1024 < 1.5e9, run.stdout
+    line = json.loads((folder / "large" / "results.jsonl").read_text())
+    assert (line["width"], line["height"]) == size
+    mask = Image.open(folder / "large" / line["mask"])
+    assert mask.size == size and line["area"] == np.count_nonzero(mask)
+    with Image.open(folder / "large" / line["overlay"]) as overlay:   # for the eye: reduced
+        w, h = overlay.size
+    assert w * h <= 2e6 and w / h == pytest.approx(4 / 3, rel=0.1)
+
+
+def test_the_demo_runs_both_commands_on_files_that_it_writes(tiny, tmp_path, cells, capsys,
+                                                            monkeypatch):
+    monkeypatch.setattr(icas, "load", lambda *a, **k: tiny)
+    assert icas.main(["demo", "--out", str(tmp_path / "demo"), "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    for task in ("detect", "segment"):
+        out = tmp_path / "demo" / task
+        assert f"$ icas {task} {tmp_path / 'demo' / 'cells'}" in said
+        found = (out / "results.jsonl").read_text().splitlines()
+        assert len(found) == len(icas.DEMO_CELLS) and (out / "report.html").is_file()
+        assert out.with_suffix(".png").is_file()
 
 
 def test_speed_is_measured_beside_the_encoder_s_own(tmp_path):
