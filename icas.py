@@ -32,7 +32,8 @@ Departures from the paper's text, where it is open or where its printed form doe
 11. Losses are taken at sampled points and normalised over all ranks, as in Mask2Former.
 12. Scores are the prompt's share of what all masks claim, not an unbounded sum (`plain_sum=True`).
 13. Mask-level matching has a temperature, and a mask counts by how little it is background.
-14. `segment` fuses S_s, S_s^mfm, matching of tokens and, of small marks, of a CNN (`detail=False`).
+14. `segment` fuses S_s, S_s^mfm, matching of tokens and, of small marks, of a CNN (`detail=False`)
+    and how far tokens are from all background.
 15. The input keeps the picture's aspect ratio, at about (image_size / 14)^2 tokens.
 16. `detect` compares tokens with good parts by nearest neighbour; S_n is left to `segment`.
 """
@@ -298,6 +299,8 @@ class Prompt(NamedTuple):
     neck: tuple[Tensor, Tensor, Tensor]   # the neck's map (B, R, C) and its two shares
     fisher: list[Tensor]      # (B, D, 1) a level, see `fisher_direction`
     shots: int = 1            # marked views among them
+    usual: Sequence[float] = ()   # see `usual_distance`, a level; of clicks and good parts none
+    good: int = 0             # good parts among the images
 
     @property
     def marked(self) -> Tensor:
@@ -456,6 +459,18 @@ def match_tokens(target: Tensor, prompt: Prompt, level: int) -> Matching:
     fisher = (centred @ prompt.fisher[level])[..., 0].float().clamp(-3, 3)
     best_fg, best_bg = (best_cosine(target, reference, x) for x in (surely(share, 0.5), background))
     return Matching(best_fg * marked, best_bg, mean_fg * marked, mean_bg, fisher * marked)
+
+
+def usual_distance(tokens: Tensor, background: Tensor) -> float:
+    """Cosine distance to the nearest other one that 1 % of an image's own background tokens exceed,
+    neighbours apart: tokens (1, H0 W0, D) unit vectors, background (H0, W0) bool."""
+    place, own = background.nonzero(), tokens[0, background.flatten()]   # n 2, n d
+    if not len(own):
+        return 1.0
+    some = torch.linspace(0, len(own) - 1, min(600, len(own)), device=own.device).long()
+    near = (place[some, None] - place).abs().amax(dim=-1) <= round(max(background.shape) / 13)
+    best = (own[some] @ own.mT).masked_fill(near, -1).amax(dim=1)
+    return 1 - float(best.float().quantile(0.01))
 
 
 def fisher_direction(reference: Tensor, foreground: Tensor, background: Tensor) -> Tensor:
@@ -1220,19 +1235,24 @@ def thin(tokens: Tensor, sides: Tensor, turn: int, most: int) -> tuple[Tensor, T
 def pool_shots(model: ICAS, shots: Sequence[Shot]) -> Prompt:
     """All shots as one prompt, B = 1: tokens together, whatever their order (departure 7)."""
     trained, views, most = model.decoder is not None, [], max(16, CAP // len(shots))
+    usual: list[list[float]] = []   # a marked image, a level
     for shot in shots:
         features = shot.features(model.device)
-        tokens = model.levels(features)
+        tokens, sides = model.levels(features), [shot.sides] * len(model.config.blocks)
+        sides = [s.to(model.device) for s in (*sides, shot.fine_sides)]
+        if shot.label and shot.image and not shot.turn:
+            usual.append([usual_distance(t, s[1] > 0.999) for t, s in zip(tokens, sides)])
         if trained:   # one more level, for Q_p^0 and Q_ntp^0
             tokens.insert(0, rearrange(model.neck(features.maps), "b c h w -> b (h w) c"))
-        sides = [shot.sides] * (trained + len(model.config.blocks)) + [shot.fine_sides]
-        views.append([thin(t, s.to(model.device).flatten(1), shot.turn, most)
-                      for t, s in zip(tokens, sides)])
+            sides.insert(0, sides[0])
+        views.append([thin(t, s.flatten(1), shot.turn, most) for t, s in zip(tokens, sides)])
     joined = [[torch.cat(x, dim=1) for x in zip(*level)] for level in zip(*views)]
     neck, *levels = [(tokens, *sides[:, None]) for tokens, sides in joined]
     levels, marked = levels if trained else [neck, *levels], sum(s.label != "" for s in shots)
     directions = [fisher_direction(*level) for level in levels]
-    return Prompt(*map(list, zip(*levels)), neck, directions, max(1, marked))
+    usual = [float(np.mean(x)) for x in zip(*usual)]
+    good = len({shot.image for shot in shots if not shot.label})
+    return Prompt(*map(list, zip(*levels)), neck, directions, max(1, marked), usual, good)
 
 
 @dataclass(eq=False, repr=False)
@@ -1449,6 +1469,9 @@ def detail_weight(prompt: Prompt) -> float:
     return 1 / (1 + (float(prompt.foreground[0].sum()) / prompt.shots / 4) ** 2)
 
 
+FEW = 4   # good parts from which on a marked prompt relies on them
+
+
 @torch.no_grad()
 def score_parts(model: ICAS, features: Features, prompt: Prompt,
                 reference_masks: Tensor | None = None, every: bool = False,
@@ -1456,8 +1479,9 @@ def score_parts(model: ICAS, features: Features, prompt: Prompt,
     """(4 H0, 4 W0) float32 log-odds of one image by each part and, as "icas", by all together
     (departure 14); with `every` also by parts that do not count. weight: the detail's, if set."""
     tokens, config, parts, mixed = model.levels(features), model.config, {}, {}
+    novel: list[Tensor] = []
     size, matches = [4 * n for n in features.maps.shape[-2:]], model.match(tokens, prompt)
-    for block, m in zip((*config.blocks, 0), matches):   # 0 is the detail
+    for i, (block, m) in enumerate(zip((*config.blocks, 0), matches)):   # 0 is the detail
         if block in (*config.matched, 0):
             name = f"block {block}" if block else "detail"
             grid = (features.maps if block else features.detail).shape[-2:]
@@ -1465,6 +1489,11 @@ def score_parts(model: ICAS, features: Features, prompt: Prompt,
             nearest, fisher = F.interpolate(pair.unflatten(2, grid), size=size, mode="bilinear")[0]
             parts |= {f"{name} nearest": nearest, f"{name} Fisher": fisher}
             mixed[name] = (2 * nearest + fisher) / 3
+            if prompt.usual:   # how much farther from the background than it is from itself
+                far = ((1.01 - m.best_bg).clamp_min(0.01) / (0.01 + prompt.usual[i])).log()
+                far = far.clamp(-2, 2).unflatten(1, grid)[None]
+                novel.append(F.interpolate(far, size=size, mode="bilinear")[0, 0])
+                parts[f"{name} novelty"] = novel[-1]
     detail = mixed.pop("detail", None)
     odds = torch.stack(list(mixed.values())).mean(dim=0)
     if model.decoder is not None:
@@ -1480,9 +1509,10 @@ def score_parts(model: ICAS, features: Features, prompt: Prompt,
             parts |= {"relation net": decoded.relation_logits[0],
                       "S_n": torch.logit(scores.normal[0], 1e-4),
                       "S_n mfm": torch.logit(scores.normal_mfm[0], 1e-4)}
-    if detail is not None and not (config.plain_sum and model.decoder):
+    if not (config.plain_sum and model.decoder):
         weight = detail_weight(prompt) if weight is None else weight
-        odds = odds + weight * (detail - odds)
+        odds = odds if detail is None else odds + weight * (detail - odds)
+        odds = odds + weight * (3 if prompt.good >= FEW else 1) * sum(novel)
     return parts | {"icas": odds}
 
 
@@ -1530,7 +1560,7 @@ def segment(images: Any, references: References | Prepared | None = None, *,
                 used = ready.join(References([shot], ready.model.kind))
         labels, shown = used.references.labels or [""], {}
         found = [label_parts(used, image, label, parts) for label in labels]
-        if used.references.labels and len({s.image for s in ready.references.normals}) >= 4:
+        if used.references.labels and len({s.image for s in ready.references.normals}) >= FEW:
             far = most_novel(good_maps(ready, image.features), image.features)
             limit = upper_limit(ready.good.scores, 0.3)
             for p in found:

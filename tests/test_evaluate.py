@@ -146,7 +146,7 @@ def test_peers_see_the_prompt_as_it_lies(checkpoint, data, tmp_path):
     same = {method for method in lying if turned[method] == lying[method]}
     assert set(evaluate.PEERS[:4]) <= same and "icas" not in same and set(turned) == set(lying)
     matching = {m for m in lying if m.startswith("block 3")}
-    assert len(matching) == 2 and not matching & same
+    assert len(matching) == 3 and not matching & same
 
 
 def test_rows_of_parts_and_peers_and_the_rates_of_false_positives(checkpoint, data, tmp_path):

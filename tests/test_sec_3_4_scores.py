@@ -262,3 +262,43 @@ def test_four_good_parts_keep_segment_off_what_looks_like_them_and_three_do_not(
             one, other = icas.segment([good[0], bad], ready, model=tiny)
         assert one.is_anomalous == (count < 4) and other.is_anomalous
         assert (one.maps == 2).all() == (count < 4)
+
+
+# ---- how far tokens are from all background (ours) -----------------------------------------------
+
+def test_the_usual_distance_is_that_of_an_image_s_own_background_without_neighbours(rng):
+    h, w = 14, 9   # 14 / 13 is one token of neighbourhood
+    tokens = rng.normal(size=(h * w, 6))
+    tokens /= np.linalg.norm(tokens, axis=1, keepdims=True)
+    background = rng.random((h, w)) > 0.3
+    places = [(y, x) for y in range(h) for x in range(w) if background[y, x]]
+    nearest = [max(tokens[y * w + x] @ tokens[v * w + u] for v, u in places
+                   if max(abs(y - v), abs(x - u)) > 1) for y, x in places]
+    found = icas.usual_distance(torch.from_numpy(tokens).float()[None],
+                                torch.from_numpy(background))
+    assert found == pytest.approx(1 - np.quantile(nearest, 0.01), abs=1e-5)
+    assert icas.usual_distance(torch.ones(1, h * w, 6), torch.zeros(h, w) > 0) == 1
+
+
+@pytest.mark.parametrize("count", [0, 3, 4])
+def test_novelty_counts_by_the_detail_s_weight_and_threefold_beside_four_good_parts(
+        tiny, rng, count):
+    images = [rng.integers(0, 256, (60, 60, 3), dtype=np.uint8) for _ in range(2 + count)]
+    mask = np.zeros((60, 60), bool)
+    mask[20:26, 10:16] = True
+    references = icas.encode([(images[0], mask)], images[2:], model=tiny)
+    prompt = icas.prepare(references, model=tiny).prompt("defect")
+    features = icas.encode_image(images[1], model=tiny).features
+    with_it = icas.score_parts(tiny, features, prompt)
+    without = icas.score_parts(tiny, features, prompt._replace(usual=()))
+    added = sum(m for name, m in with_it.items() if "novelty" in name)
+    expected = icas.detail_weight(prompt) * (3 if count == 4 else 1) * added
+    torch.testing.assert_close(with_it["icas"] - without["icas"], expected, atol=1e-4, rtol=1e-4)
+    assert len(prompt.usual) == 4 and not [name for name in without if "novelty" in name]
+
+
+def test_clicks_and_good_parts_alone_have_no_novelty(tiny, rng):
+    image = rng.integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    good = icas.prepare(icas.encode(normals=[image], model=tiny), model=tiny)
+    found = icas.segment(image, points=[(30, 30)], parts=True, model=tiny)
+    assert good.prompt("").usual == [] and not [name for name in found.parts if "novelty" in name]
