@@ -393,8 +393,7 @@ def run(args: argparse.Namespace) -> None:
                 if args.figures and first and e["seed"] == 0:
                     picture(Path(args.figures) / f"{part.stem} {i}.png", store, e)
             if first:
-                part.with_suffix(".part").write_text(json.dumps(rows))
-                part.with_suffix(".part").replace(part)
+                icas.write_text(part, json.dumps(rows))
                 part.with_suffix(".jsonl").unlink(missing_ok=True)
         if first:
             sets[name] = json.loads(part.read_text())
@@ -421,8 +420,8 @@ def run(args: argparse.Namespace) -> None:
               "device": str(model.device), "bf16": icas.fast_bf16(model.device)} | result
     # ten digits: sums over ranks differ in the last bit
     result = json.loads(json.dumps(result), parse_float=lambda x: float(f"{float(x):.10g}"))
-    (out / "results.json").write_text(json.dumps(result, indent=1))
-    (out / "tables.txt").write_text(text + "\n")
+    icas.write_text(out / "results.json", json.dumps(result, indent=1))
+    icas.write_text(out / "tables.txt", text + "\n")
     if args.figures:
         folder = Path(args.figures)
         folder.mkdir(parents=True, exist_ok=True)

@@ -1560,11 +1560,10 @@ def segment(images: Any, references: References | Prepared | None = None, *,
                 used = ready.join(References([shot], ready.model.kind))
         labels, shown = used.references.labels or [""], {}
         found = [label_parts(used, image, label, parts) for label in labels]
-        if used.references.labels and len({s.image for s in ready.references.normals}) >= FEW:
-            far = most_novel(good_maps(ready, image.features), image.features)
-            limit = upper_limit(ready.good.scores, 0.3)
+        if used.references.labels and used.prompt(labels[0]).good >= FEW:
+            novelty = beyond_good(ready, image.features, 0.3)
             for p in found:
-                p["icas"] = leave_good(p["icas"], far / limit)
+                p["icas"] = leave_good(p["icas"], novelty)
         maps = torch.stack([p["icas"] for p in found]).cpu().numpy()
         if parts:
             shown = {name: to_shape(x[None].cpu().numpy(), image.shape)[0]
@@ -1581,8 +1580,7 @@ def label_parts(ready: Prepared, image: EncodedImage, label: str, every: bool = 
     if label or every:
         parts = score_parts(ready.model, image.features, ready.prompt(label), masks, every, weight)
     if not label:
-        far = most_novel(good_maps(ready, image.features), image.features)
-        parts["icas"] = 4 * (far / upper_limit(ready.good.scores, RATE) - 1)
+        parts["icas"] = 4 * (beyond_good(ready, image.features, RATE) - 1)
     return parts if every else {"icas": parts["icas"]}
 
 
@@ -1709,6 +1707,12 @@ def upper_limit(scores: Sequence[float], rate: float) -> float:
           f"false_positive_rate: expected a number between 0 and 1, got {rate!r}")
     middle, spread, freedom = good_spread(scores)
     return float(middle - scipy.special.stdtrit(freedom, rate) * spread)
+
+
+def beyond_good(ready: Prepared, features: Features, rate: float) -> Tensor:
+    """(4 H0, 4 W0) `most_novel`, in units of what unseen good parts exceed at the rate."""
+    limit = upper_limit(ready.good.scores, rate)
+    return most_novel(good_maps(ready, features), features) / limit
 
 
 def false_positives(scores: Sequence[float], threshold: float) -> float:
@@ -2019,28 +2023,30 @@ def progress(items: Iterable, what: str, count: int | None = None):
                 disable=rank > 0)
 
 
-def write_image(path: Path, array: np.ndarray) -> None:
-    from PIL import Image
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    Image.fromarray(array).save(part, format="PNG", compress_level=1)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")   # ranks write the same file
+    part.write_bytes(data)
     part.replace(path)
 
 
 def write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")   # ranks write the same file
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    write_bytes(path, text.encode("utf-8"))
 
 
-def picture_bytes(array: np.ndarray, side: int, form: str) -> bytes:
-    """An (h, w) or (h, w, 3) uint8 picture, made smaller to `side` pixels, as PNG or JPEG."""
+def write_image(path: Path, array: np.ndarray) -> None:
+    write_bytes(path, picture_bytes(array, "PNG", compress_level=1))
+
+
+def picture_bytes(array: np.ndarray, form: str, side: int | None = None, **options: Any) -> bytes:
+    """An (h, w) or (h, w, 3) uint8 picture as PNG or JPEG, made smaller to `side` pixels."""
     import io
     from PIL import Image
     picture, buffer = Image.fromarray(array), io.BytesIO()
-    picture.thumbnail((side, side))
-    picture.save(buffer, format=form, quality=80)
+    if side:
+        picture.thumbnail((side, side))
+    picture.save(buffer, format=form, **options)
     return buffer.getvalue()
 
 
@@ -2077,7 +2083,7 @@ def keep_result(out: Path, line: dict, found: Segmentation | Detection, pixels: 
     """Write what `kept_result` reads."""
     path = out / "maps" / f"{line['image']}.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
-    copy = np.frombuffer(picture_bytes(pixels.numpy(), 480, "JPEG"), np.uint8)
+    copy = np.frombuffer(picture_bytes(pixels.numpy(), "JPEG", 480, quality=80), np.uint8)
     np.savez(path, maps=found.maps, labels=list(found.labels), copy=copy)
 
 
@@ -2270,7 +2276,7 @@ def write_report(out: Path, run: dict, lines: Sequence[dict], text: str) -> None
         found, copy = kept_result(out, line, run["threshold"])
         top = replace(found, shape=found.maps.shape[1:]).label_scores.max(axis=0)
         level = (np.clip((top - low) / (high - low), 0, 1) * 255).round().astype(np.uint8)
-        heat = picture_bytes(level, 160, "PNG")
+        heat = picture_bytes(level, "PNG", 160)
         rows.append([line["image"], line["score"], *(
             f"{form};base64,{base64.b64encode(data).decode()}"
             for form, data in (("jpeg", copy), ("png", heat)))])
@@ -2344,8 +2350,8 @@ def encode_files(args, model: ICAS) -> tuple[References, list[str]]:
         for entry in progress(entries, kind):
             references += encode(**{kind: [entry]}, turns=turns if kind == "normals" else
                                  args.turns, value_range=args.range, model=model)
-    masks = [given[1] for given in args.anomaly if len(given) == 2]
-    return references, [*(given[0] for given in args.anomaly), *masks, *map(str, normals)]
+    files = [x for given in args.anomaly for x in given[:2 if len(given) == 2 else 1]]   # no box
+    return references, [*files, *map(str, normals)]
 
 
 def run_command(args) -> int:

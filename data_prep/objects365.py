@@ -22,6 +22,8 @@ from typing import Iterator, Sequence
 
 import numpy as np
 
+import icas
+
 from .common import (child, first_folder, json_items, merge, missing, painted, read_json, rle, size,
                      upright)
 
@@ -66,7 +68,7 @@ def records(root: Path, out: Path, sam: str, quality: float = 0.88, batch_size: 
                 if corners:
                     model = model or load_sam(sam, device)
                 masks = masks_of(model, image, corners, labels, batch_size) if corners else []
-                write_json(kept, masks)
+                icas.write_text(kept, json.dumps(masks))
             good: dict[str, list[dict]] = {}
             for label, score, fill, code in read_json(kept):
                 if score >= quality and fill >= FILL:
@@ -85,14 +87,7 @@ def remember_sam(out: Path, sam: str) -> None:
     if place.is_file() and read_json(place) != Path(sam).name:
         raise ValueError(f"--sam: the masks in {place.parent} are by {read_json(place)!r}, "
                          f"not {Path(sam).name!r}; choose another --out")
-    write_json(place, Path(sam).name)
-
-
-def write_json(path: Path, content) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content))
-    part.replace(path)
+    icas.write_text(place, json.dumps(Path(sam).name))
 
 
 class Boxes:
