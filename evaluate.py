@@ -41,10 +41,7 @@ from data_prep.episodes import Store, check, development_sources, plan, read_sou
 PEERS = ("nearest patch", "prototype", "nearest patch, plain", "prototype, plain",   # segmentation
          "AnomalyDINO recipe", "SubspaceAD recipe")                                  # detection
 RATES = (0.01, 0.05, icas.RATE, 0.2)   # false positive rates asked of `detect`, with its own
-
-
-def rank_and_world() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # torchrun's
 
 
 def find(store: Store, name: str, episode: dict, ready: icas.Prepared | None):
@@ -54,27 +51,22 @@ def find(store: Store, name: str, episode: dict, ready: icas.Prepared | None):
             if segments(episode) else icas.detect(image, ready, parts=True))
 
 
-def to_size(tokens: Tensor, image: icas.EncodedImage) -> np.ndarray:
-    """(h, w) map of an image from its tokens'."""
-    grid = tokens.reshape(1, 1, *image.features.maps.shape[-2:])
-    return F.interpolate(grid, size=image.shape, mode="bilinear")[0, 0].cpu().numpy()
-
-
-def segmentation_peers(store: Store, name: str, episode: dict) -> dict[str, np.ndarray]:
-    """(h, w) maps, 0 is even, of matching the prompts as they lie; "plain" is without debiasing.
-    Good parts join the background; of them alone there is no peer."""
+def segmentation_peers(store: Store, episode: dict, name: str) -> dict[str, Tensor]:
+    """(T,) scores of an image's tokens, 0 is even, by matching the prompts as they lie; "plain" is
+    without debiasing. Good parts join the background; of them alone there is no peer."""
     model, target, clicks = store.model, store.image(name), store.clicks(name, episode)
-    shown = episode.get("prompts", []) and [*episode["prompts"], *episode["normals"]]
-    masks = [torch.from_numpy(store.truth(n, episode["label"])).float() for n in shown]
-    pairs = [(store.image(n), torch.stack([m, 1 - m])) for n, m in zip(shown, masks)]
     if clicks:
         pairs = [(target, icas.mark_sides(target.shape, *clicks.values(), None, None)[:2])]
-    if not pairs:
+    elif episode["prompts"]:
+        shown = [*episode["prompts"], *episode["normals"]]
+        masks = [torch.from_numpy(store.truth(n, episode["label"])).float() for n in shown]
+        pairs = [(store.image(n), torch.stack([m, 1 - m])) for n, m in zip(shown, masks)]
+    else:
         return {}
     shares = [icas.token_share(sides.to(model.device), *image.features.maps.shape[-2:]).flatten(1)
               for image, sides in pairs]
     inside, outside = torch.cat(shares, dim=1)[:, None]
-    marked, clean, maps = icas.surely(inside, 0.5), icas.surely(outside, 0.999), {}
+    marked, clean, scores = icas.surely(inside, 0.5), icas.surely(outside, 0.999), {}
 
     def tokens(image: icas.EncodedImage, plain: bool) -> Tensor:
         x = image.features.maps.float()
@@ -83,11 +75,11 @@ def segmentation_peers(store: Store, name: str, episode: dict) -> dict[str, np.n
     for plain in (False, True):
         x, known = tokens(target, plain), torch.cat([tokens(i, plain) for i, _ in pairs], dim=1)
         near = icas.best_cosine(x, known, marked) - icas.best_cosine(x, known, clean)
-        means = icas.mask_pool(known, torch.stack([inside, clean.float()], dim=1))
-        means = F.normalize(means, dim=-1)[0]
-        for kind, m in (("nearest patch", near), ("prototype", x @ (means[0] - means[1]))):
-            maps[kind + ", plain" * plain] = to_size(m, target)
-    return maps
+        means = icas.mask_pool(known, torch.stack([inside, clean.float()], dim=1))[0]
+        inner, outer = F.normalize(means, dim=-1)
+        for kind, odds in (("nearest patch", near), ("prototype", x @ (inner - outer))):
+            scores[kind + ", plain" * plain] = odds
+    return scores
 
 
 def detection_peers(store: Store, normals: Sequence[str]) -> Callable[[str], dict[str, Tensor]]:
@@ -117,7 +109,6 @@ def detection_peers(store: Store, normals: Sequence[str]) -> Callable[[str], dic
 
 # ---- Metrics -------------------------------------------------------------------------------------
 
-
 def sortable(values: np.ndarray) -> np.ndarray:
     """float -> uint16 in the order of their float16: exact bins without a range."""
     bits = (values.astype(np.float16) + np.float16(0)).view(np.uint16)   # -0 becomes 0
@@ -135,21 +126,23 @@ def pixel_bins(values: np.ndarray, truth: np.ndarray) -> np.ndarray:
 def score(store: Store, episode: dict, peers: bool) -> dict[str, dict]:
     """Method -> {"images": {name: [intersection, union, pixels], of a detection the score}, "bins":
     sum of `pixel_bins`, without a segmentation's good images and bad ones without a mask}."""
-    (rank, world), ready, masks = rank_and_world(), store.shown(episode), segments(episode)
-    peers = peers and episode.get("peers", True)
-    if peers and not masks:
-        novelty = detection_peers(store, episode["normals"])
-    apart, label, found = episode.get("good", []), episode["label"] if masks else None, {}
-    for name in sorted({*episode["tests"], *apart} & set(list(store.records)[rank::world])):
-        result, truth = find(store, name, episode, ready), store.truth(name, label)
+    ready, masks, found = store.shown(episode), segments(episode), {}
+    apart, peers = episode.get("good", []), peers and episode.get("peers", True)
+    if peers:
+        find_peers = (functools.partial(segmentation_peers, store, episode) if masks else
+                      detection_peers(store, episode["normals"]))
+    for name in sorted({*episode["tests"], *apart} & set(list(store.records)[RANK::WORLD])):
+        image, result = store.image(name), find(store, name, episode, ready)
+        truth = store.truth(name, episode["label"] if masks else None)
+        tokens, grid = find_peers(name) if peers else {}, image.features.maps.shape[-2:]
+        maps = {method: icas.to_shape(x.view(1, *grid).cpu().numpy(), image.shape)[0]
+                for method, x in tokens.items()}
         if masks:
-            maps = result.parts | (segmentation_peers(store, name, episode) if peers else {})
+            maps = result.parts | maps
             hard = {method: x > 0 for method, x in maps.items()} | {"icas": result.mask}
             entries = {method: [int((x & truth).sum()), int((x | truth).sum()), truth.size]
                        for method, x in hard.items()}
         else:
-            tokens = novelty(name) if peers else {}
-            maps = {method: to_size(x, store.image(name)) for method, x in tokens.items()}
             maps |= {m: ndimage.gaussian_filter(x, 4) for m, x in maps.items() if m == PEERS[4]}
             maps["icas"] = result.map
             entries = {"icas": result.score} | result.parts | {
@@ -161,13 +154,12 @@ def score(store: Store, episode: dict, peers: bool) -> dict[str, dict]:
             f["images"][name] = entry
             if counted and method in maps:
                 f["bins"] += pixel_bins(maps[method], truth)
-    parts = [found] * world
-    if world > 1:
+    parts, whole = [found] * WORLD, {}
+    if WORLD > 1:
         dist.all_gather_object(parts, found)
-    whole = {method: {"images": {}, "bins": 0} for part in parts for method in part}
     for method, f in (item for part in parts for item in part.items()):
-        whole[method]["images"] |= f["images"]
-        whole[method]["bins"] = whole[method]["bins"] + f["bins"]
+        known = whole.setdefault(method, {"images": {}, "bins": 0})
+        known |= {"images": known["images"] | f["images"], "bins": known["bins"] + f["bins"]}
     if not masks:
         whole["icas"]["cuts"] = {rate: icas.upper_limit(ready.good.scores, rate) for rate in RATES}
     return whole
@@ -190,18 +182,19 @@ def metrics(found: dict, episode: dict, records: dict[str, dict]) -> dict[str, d
     """Method -> pixel metrics, and of a segmentation the IoU pooled over images, that with the good
     ones added, the mean IoU of single ones and what FB-IoU is made of; of a detection image AUROC,
     AUPR, F1-max and what icas' thresholds call bad among the good and among the bad."""
-    result, tests = {}, episode["tests"]
+    result = {}
     for method, f in found.items():
-        row, entries = pixel_metrics(f["bins"]), np.array([f["images"][n] for n in tests])
+        row = result[method] = pixel_metrics(f["bins"])
+        entries = np.array([f["images"][n] for n in episode["tests"]])
         if segments(episode):
             both, either, pixels = entries.sum(axis=0).tolist()
             false = sum(f["images"][n][1] for n in episode.get("good", []))
-            row["iou"] = 100 * both / max(1, either)
-            row["iou_with_good"] = 100 * both / max(1, either + false)
-            row["image_iou"] = 100 * float((entries[:, 0] / np.maximum(1, entries[:, 1])).mean())
-            row["fb"] = [both, either, pixels - either, pixels - both]
+            image_iou = 100 * float((entries[:, 0] / np.maximum(1, entries[:, 1])).mean())
+            row |= {"iou": 100 * both / max(1, either),
+                    "iou_with_good": 100 * both / max(1, either + false), "image_iou": image_iou,
+                    "fb": [both, either, pixels - either, pixels - both]}
         else:
-            truth = np.array([records[n]["bad"] for n in tests])
+            truth = np.array([records[n]["bad"] for n in episode["tests"]])
             precision, recall, _ = precision_recall_curve(truth, entries)
             f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
             row |= {"image_auroc": 100 * float(roc_auc_score(truth, entries)),
@@ -211,7 +204,6 @@ def metrics(found: dict, episode: dict, records: dict[str, dict]) -> dict[str, d
                 above = entries > cut
                 row[f"false positives at {rate:g}"] = 100 * float(above[~truth].mean())
                 row[f"found at {rate:g}"] = 100 * float(above[truth].mean())
-        result[method] = row
     return result
 
 
@@ -244,33 +236,33 @@ def summarise(scored: Sequence[tuple[dict, dict]]) -> dict[str, dict]:
 def measure(store: Store, episodes: Sequence[dict], peers: bool, part: Path) -> dict[str, dict]:
     """Rows of one category; those of segmentation and of detection are joined. The metrics of each
     finished episode are kept beside `part`, for a run that goes on."""
-    scored, rows, log = {True: [], False: []}, {}, part.with_suffix(".jsonl")
+    log, rows = part.with_suffix(".jsonl"), {}
     done = icas.read_lines(log)
-    for i, e in enumerate(icas.progress(episodes, part.stem)):
-        if i == len(done):
-            done.append(metrics(score(store, e, peers), e, store.records))
-            if rank_and_world()[0] == 0:
-                icas.write_lines(log, done)
-        scored[segments(e)].append((e, done[i]))
-    for method, row in (x for some in scored.values() if some for x in summarise(some).items()):
-        rows[method] = rows.get(method, {}) | row
+    for e in icas.progress(episodes[len(done):], part.stem):
+        done.append(metrics(score(store, e, peers), e, store.records))
+        if RANK == 0:
+            icas.write_lines(log, done)
+    for kind in sorted({segments(e) for e in episodes}, reverse=True):
+        some = [(e, found) for e, found in zip(episodes, done) if segments(e) == kind]
+        for method, row in summarise(some).items():
+            rows[method] = rows.get(method, {}) | row
     return rows
 
 
 def figures(sets: Sequence[dict], method: str, columns: Iterable[str]) -> dict:
     """Means over sets of a method's mean IoU, that with the good images, AP and image AUROC by
     number of good parts, or setting; None: not measured."""
-    def mean(*path: str) -> float | None:
-        found = [functools.reduce(lambda x, key: x.get(key, {}), path, rows) for rows in sets]
-        found = [x for x in found if x != {}]
+    rows = [found[method] for found in sets if method in found]
+
+    def mean(figure: str, column: str = "") -> float | None:
+        found = [row.get(column, {}) if column else row for row in rows]
+        found = [row[figure] for row in found if figure in row]
         return float(np.mean(found)) if found else None
-    names = {"mean_iou": "mean_iou", "mean_iou_with_good": "iou_with_good", "ap": "ap"}
-    return {key: mean(method, own) for key, own in names.items()} | {
-        "image_auroc": {n: mean(method, n, "image_auroc") for n in columns}}
+    return {"mean_iou": mean("mean_iou"), "mean_iou_with_good": mean("iou_with_good"),
+            "ap": mean("ap"), "image_auroc": {n: mean("image_auroc", n) for n in columns}}
 
 
 # ---- Speed, table, pictures, command line --------------------------------------------------------
-
 
 @torch.inference_mode()
 def speed(model: icas.ICAS, sam: bool) -> dict:
@@ -302,26 +294,24 @@ def table(rows: dict[str, dict]) -> str:
     lines = {}
     for method, row in rows.items():
         for key, part in ({"": row} if "mean_iou" in row else row).items():
-            cells = lines[f"{method} {key}"] = {k: v for k, v in part.items() if type(v) is float}
+            cells = {k: v for k, v in part.items() if type(v) is float}
             cells |= {f"{k} {n}": v for k in ("image_auroc", "iou", "shots", "clicks")
                       for n, v in (part[k].items() if isinstance(part.get(k), dict) else ())}
             cells |= {f"ap {n}": figures["ap"] for n, figures in part.get("sets", {}).items()}
+            lines[f"{method} {key}"] = {k: f"{v:.1f}" for k, v in cells.items() if v is not None}
     head = dict.fromkeys(k for cells in lines.values() for k in cells)
-    text = [" " * 24 + "".join(f"  {h:>5}" for h in head)]
-    for name, cells in lines.items():
-        shown = {h: "" if cells.get(h) is None else f"{cells[h]:.1f}" for h in head}
-        text.append(f"{name:<24}" + "".join(f"  {v:>{max(5, len(h))}}" for h, v in shown.items()))
-    return "\n".join(text)
+    lines = {"": {h: h for h in head}} | lines
+    wide = {h: max(5, len(h)) for h in head}
+    return "\n".join(f"{name:<24}" + "".join(f"  {cells.get(h, ''):>{wide[h]}}" for h in head)
+                     for name, cells in lines.items())
 
 
 def picture(path: Path, store: Store, episode: dict) -> None:
     """The last test image as it is marked, and as icas marks it."""
     name = episode["tests"][-1]
     x, truth = find(store, name, episode, store.shown(episode)), store.truth(name)
-    heat, mask = ((x.score, x.mask) if segments(episode)
-                  else (x.map / (2 * x.threshold), x.map > x.threshold))
-    icas.write_image(path, np.hstack([icas.overlay(store.pixels(name), *shown)
-                                      for shown in ((0.0 * truth, truth), (heat, mask))]))
+    marks = (0.0 * truth, truth), (x.label_scores.max(axis=0), x.mask, 0, 2 * x.threshold)
+    icas.write_image(path, np.hstack([icas.overlay(store.pixels(name), *m) for m in marks]))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -357,22 +347,23 @@ def start(args: argparse.Namespace) -> icas.ICAS:
         model = icas.ICAS(icas.Config(encoder=args.encoder)).to(icas.check_device(args.device))
         return model.eval().requires_grad_(False)
     model = icas.load(args.model, encoder=args.encoder, device=args.device)
-    given = {key: json.loads(value) for key, _, value in (x.partition("=") for x in args.config)}
-    model.config = dataclasses.replace(model.config, **given)
+    given = dict(x.split("=", 1) for x in args.config)
+    model.config = dataclasses.replace(model.config, **{k: json.loads(given[k]) for k in given})
     if model.decoder is not None:
         model.decoder.config = model.config
     return model
 
 
 def run(args: argparse.Namespace) -> None:
-    out, began, first, sets = Path(args.out), time.time(), rank_and_world()[0] == 0, {}
+    """Write results.json, tables.txt and figures into OUT."""
+    out, began, sets = Path(args.out), time.time(), {}
     if args.replay:
         replayed = json.loads(Path(args.replay).read_text())
         args.task, args.strips = replayed["task"], replayed["arguments"]["strips"]
         args.data = args.data or replayed["arguments"]["data"]
     if args.task == "development":
         args.data = development_sources(args.data)
-    model, sources = start(args), read_sources(args.data, args.strips, loud=first)
+    model, sources = start(args), read_sources(args.data, args.strips, loud=RANK == 0)
     plans = replayed.get("episodes", {}) if args.replay else {
         name: plan(args.task, records, args.seeds, args.shots, args.clicks, args.prompt,
                    args.normals, args.good) for name, records in sources.items()}
@@ -382,22 +373,21 @@ def run(args: argparse.Namespace) -> None:
     free = ("out", "replay", "device", "data", "seeds")   # they decide no figure of an episode
     fixed = [{k: v for k, v in vars(args).items() if k not in free}, model.kind,
              [icas.sha256(file) for file in files if file]]
-    (out / "parts").mkdir(parents=True, exist_ok=True)
     for name, records in sources.items():
         digest = hashlib.sha256(json.dumps([plans[name], fixed]).encode()).hexdigest()[:16]
         part = out / "parts" / f"{args.task}-{name.replace('/', '_')}-{digest}.json"
         if not part.is_file():
             store = Store(model, records, args.turns)
             rows = measure(store, plans[name], args.peers, part)
-            for i, e in enumerate(plans[name]):
-                if args.figures and first and e["seed"] == 0:
+            if RANK == 0:
+                drawn = [e for e in plans[name] if args.figures and e["seed"] == 0]
+                for i, e in enumerate(drawn):
                     picture(Path(args.figures) / f"{part.stem} {i}.png", store, e)
-            if first:
                 icas.write_text(part, json.dumps(rows))
                 part.with_suffix(".jsonl").unlink(missing_ok=True)
-        if first:
+        if RANK == 0:
             sets[name] = json.loads(part.read_text())
-    if not first:
+    if RANK > 0:
         return
     rows, methods = list(sets.values()), dict.fromkeys(m for rows in sets.values() for m in rows)
     text = "\n\n".join(f"{name}\n{table(own)}" for name, own in sets.items())
@@ -423,11 +413,10 @@ def run(args: argparse.Namespace) -> None:
     icas.write_text(out / "results.json", json.dumps(result, indent=1))
     icas.write_text(out / "tables.txt", text + "\n")
     if args.figures:
-        folder = Path(args.figures)
-        folder.mkdir(parents=True, exist_ok=True)
-        names = sorted(p.name for p in folder.glob("*.png"))
+        names = sorted(p.name for p in Path(args.figures).glob("*.png"))
         shown = "".join(f'<p>{name}<br><img src="{name}">' for name in names)
-        (folder / "index.html").write_text(f"<h1>icas</h1><pre>{text}</pre>{shown}")
+        icas.write_text(Path(args.figures) / "index.html",
+                        f"<h1>icas</h1><pre>{text}</pre>{shown}")
     print(text)
 
 
@@ -437,8 +426,7 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments.parse_args(argv)
     if not args.replay and args.task != "development" and (args.task == "speed") == bool(args.data):
         arguments.error("--data: speed takes none, every other task at least one")
-    started = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
-    if started:
+    if WORLD > 1:
         dist.init_process_group("gloo")
     try:
         run(args)
@@ -447,7 +435,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2
     finally:
-        if started:
+        if WORLD > 1:
             dist.destroy_process_group()
 
 

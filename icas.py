@@ -874,7 +874,6 @@ def read_rgb(image: Any, name: str = "image", value_range: Sequence[float] | Non
              most: int | None = None) -> tuple[Tensor, tuple[int, int]]:
     """`to_rgb`, reduced where it has more than `most` pixels; and the picture's own (h, w)."""
     x, name, shape = to_array(image, name, rgb=True, most=most)
-    x = x[..., None] if x.ndim == 2 else x
     check(x.ndim == 3 and x.shape[-1] in (1, 3, 4) and x.numel(), f"{name}: expected (H, W), (H, W,"
           f" 3) or (H, W, 4) with at least one pixel, or a (3, H, W) tensor; got {brief(image)}")
     check(value_range is None or not x.isnan().any(),
@@ -930,7 +929,7 @@ def to_array(image: Any, name: str, rgb: bool,
         check(image.ndim in (2, 3) and (not rgb or image.shape[:-2] == (3,)), f"{name}: expected a "
               f"(3, H, W) tensor, got shape {tuple(image.shape)}; a NumPy array may be (H, W, 3)")
         x = image.detach().cpu()
-        return (x.permute(1, 2, 0) if x.ndim == 3 else x), name, shape
+        return (x.permute(1, 2, 0) if x.ndim == 3 else x[..., None]), name, shape
     check(isinstance(image, np.ndarray), f"{name}: expected a path, PIL image, NumPy array or "
           f"tensor, got {brief(image)}", TypeError)
     kind, size = image.dtype.kind, image.dtype.itemsize
@@ -938,7 +937,8 @@ def to_array(image: Any, name: str, rgb: bool,
           f"array of dtype {image.dtype}; pass uint8", TypeError)
     # torch knows few operations on wide unsigned numbers
     image = image.astype(np.int64 if kind == "u" and size > 1 else image.dtype.newbyteorder("="))
-    return torch.from_numpy(np.ascontiguousarray(image)), name, shape
+    x = torch.from_numpy(np.ascontiguousarray(image))
+    return (x[..., None] if x.ndim == 2 else x), name, shape
 
 
 def open_image(image: Any, name: str, most: int | None = None):
@@ -968,7 +968,6 @@ def to_mask(mask: Any, shape: tuple[int, int], name: str = "mask") -> Tensor:
     `to_rgb` takes. ValueError if it has not the image's (height, width), marks no pixel or is a
     picture itself; a warning if it marks more than half."""
     x, name, _ = to_array(mask, name, rgb=False)
-    x = x[..., None] if x.ndim == 2 else x
     x = x[..., :-1] if x.shape[-1] in (2, 4) and not isinstance(mask, Tensor) else x
     marked = x.ne(0).any(dim=-1)
     check(marked.shape == tuple(shape), f"{name}: expected the image's size {tuple(shape)} (height,"
@@ -1968,16 +1967,16 @@ def overlay(image: Any, heat: np.ndarray, mask: np.ndarray, low: float = 0.0,
     heat (h, w), coloured from `low` (blue) to `high` (red): give one range to all images of a run,
     or good parts look red. mask (h, w) bool.
     """
+    (h, w), side = mask.shape, max(10, min(mask.shape) // 24)
     table = np.stack([np.interp(np.linspace(0, 4, 256), range(5), c) for c in HEAT.T], axis=-1)
-    base, (h, w), side = to_rgb(image).numpy(), mask.shape, max(10, min(mask.shape) // 24)
+    alpha = np.linspace(0, 1.3, 256).clip(max=0.65)[:, None]
     level = (np.clip((heat - low) / max(high - low, 1e-9), 0, 1) * 255).astype(np.uint8)
-    alpha = np.minimum(0.65, np.arange(256) * 1.3 / 255).astype(np.float32)
-    result = base * (1 - alpha)[level][..., None] + (table * alpha[:, None])[level]
+    result = to_rgb(image).numpy() * (1 - alpha)[level] + (table * alpha)[level]
     outline = scipy.ndimage.binary_dilation(mask, iterations=max(1, round(min(h, w) / 200))) & ~mask
-    result = result.round().astype(np.uint8)
     result[outline] = 255
     strip = table[np.linspace(0, 255, max(1, w // 3)).astype(int)]
     result[h - max(1, side // 3):, :len(strip)] = strip
+    result = result.round().astype(np.uint8)
     if min(h, w) >= 100:
         from PIL import Image, ImageDraw, ImageFont
         drawn, font = Image.fromarray(result), ImageFont.load_default(side)
@@ -1989,11 +1988,11 @@ def overlay(image: Any, heat: np.ndarray, mask: np.ndarray, low: float = 0.0,
 
 
 def list_images(paths: Sequence[str], skipped: list[str] | None = None,
-                taken: dict[str, Path] | None = None) -> dict[str, Path]:
+                taken: dict[str, str] | None = None) -> dict[str, Path]:
     """Name -> file: of folders all images below by their path in it, sorted. Hidden files are left
     out, and what icas wrote (a folder with run.json); other files' paths are added to `skipped`.
-    A name that is taken by another file becomes longer."""
-    found, names = dict(taken or {}), []
+    A name that another file has, here or in `taken`, becomes longer."""
+    images, taken = {}, dict(taken or {})
     for path in map(Path, paths):
         below = sorted(p for p in path.rglob("*") if p.is_file() and not any(
             part[0] == "." for part in p.relative_to(path).parts))
@@ -2006,13 +2005,13 @@ def list_images(paths: Sequence[str], skipped: list[str] | None = None,
               FileNotFoundError)
         if skipped is not None:
             skipped += [str(p) for p in files if p.suffix.lower() not in SUFFIXES]
-        for name, file in inside.items():   # where another picture has the name, a longer one
-            given = Path(os.path.normpath(file)).as_posix().lstrip("/.")
-            for name in (name, given, file.resolve().as_posix().lstrip("/")):
-                if found.setdefault(name, file).resolve() == file.resolve():
-                    names.append(name)
+        for name, file in inside.items():
+            parts = file.resolve().parts
+            for name in (name, *("/".join(parts[-n:]) for n in range(2, len(parts)))):
+                if Path(taken.setdefault(name, str(file))).resolve() == file.resolve():
                     break
-    return {name: found[name] for name in names}
+            images[name] = file
+    return images
 
 
 def progress(items: Iterable, what: str, count: int | None = None):
@@ -2023,40 +2022,28 @@ def progress(items: Iterable, what: str, count: int | None = None):
                 disable=rank > 0)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file, whole or not at all."""
+@contextlib.contextmanager
+def whole_file(path: Path):
+    """A path to write to that takes the place of `path` at the end: all of the file or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")   # ranks write the same file
-    part.write_bytes(data)
+    yield part
     part.replace(path)
 
 
 def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode("utf-8"))
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
-def write_image(path: Path, array: np.ndarray) -> None:
-    write_bytes(path, picture_bytes(array, "PNG", compress_level=1))
-
-
-def picture_bytes(array: np.ndarray, form: str, side: int | None = None, **options: Any) -> bytes:
-    """An (h, w) or (h, w, 3) uint8 picture as PNG or JPEG, made smaller to `side` pixels."""
-    import io
+def write_image(path: Path, array: np.ndarray, side: int | None = None) -> None:
+    """Write an (h, w) or (h, w, 3) uint8 picture, reduced to `side` pixels, as .png or .jpeg."""
     from PIL import Image
-    picture, buffer = Image.fromarray(array), io.BytesIO()
+    picture = Image.fromarray(array)
     if side:
         picture.thumbnail((side, side))
-    picture.save(buffer, format=form, **options)
-    return buffer.getvalue()
-
-
-# What a run leaves in OUT for every threshold to come: run.json with "key", what decides scores,
-# "good", the good parts' own scores, "scale" of the overlays, "threshold", "rate" it comes from;
-# a line of results.jsonl a picture; maps/NAME.npz with its maps and a small copy of it.
-
-def read_run(out: Path) -> dict:
-    file = out / "run.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    with whole_file(path) as part:
+        picture.save(part, path.suffix[1:], quality=80, compress_level=1)
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -2072,63 +2059,43 @@ def write_lines(path: Path, lines: Iterable[dict]) -> None:
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def read_results(out: Path) -> dict[str, dict]:
-    """Picture's name -> its line, sorted; of results.jsonl and of ranks that were not joined."""
-    files = [out / "results.jsonl", *sorted(out.glob("results.*.jsonl"))]
+def read_run(out: Path) -> tuple[dict, dict[str, dict]]:
+    """What a run leaves for every threshold to come: run.json with "key", what decides scores,
+    "good", the good parts' own scores, "scale" of overlays, "threshold", "rate" it comes from; and
+    picture's name -> its line of results.jsonl, sorted, also of ranks that were not joined. Beside
+    them lie in maps/ NAME.npz, and small copies: NAME.jpeg of the picture, NAME.png of the heat."""
+    run, files = out / "run.json", [out / "results.jsonl", *sorted(out.glob("results.*.jsonl"))]
     lines = {line["image"]: line for file in files for line in read_lines(file)}
-    return dict(sorted(lines.items()))
+    return json.loads(run.read_text()) if run.is_file() else {}, dict(sorted(lines.items()))
 
 
-def keep_result(out: Path, line: dict, found: Segmentation | Detection, pixels: Tensor) -> None:
-    """Write what `kept_result` reads."""
-    path = out / "maps" / f"{line['image']}.npz"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    copy = np.frombuffer(picture_bytes(pixels.numpy(), "JPEG", 480, quality=80), np.uint8)
-    np.savez(path, maps=found.maps, labels=list(found.labels), copy=copy)
-
-
-def kept_result(out: Path, line: dict, threshold: float) -> tuple[Any, bytes]:
-    """Segmentation or Detection of a line at the threshold, and a small JPEG of the picture."""
-    with np.load(out / "maps" / f"{line['image']}.npz") as file:
-        maps, labels, copy = (file[name] for name in ("maps", "labels", "copy"))
-    shape = line["height"], line["width"]
-    found = (Detection(line["score"], maps, shape, threshold) if line["task"] == "detect" else
-             Segmentation(maps, labels.tolist(), shape, threshold))
-    return found, copy.tobytes()
-
-
-def mask_name(name: str) -> str:
-    """PNG's name for a picture's: a.png, but a.jpg.png of a.jpg, and a.jpg.png.png of a.jpg.png."""
-    own = name.endswith(".png") and Path(name[:-4]).suffix.lower() not in SUFFIXES
-    return name if own else name + ".png"
-
-
-def draw_result(out: Path, run: dict, line: dict, found: Segmentation | Detection,
-                pixels: Tensor) -> dict:
-    """Write mask and overlay of a picture; returns the line with what they show."""
-    name, mask = mask_name(line["image"]), found.mask
-    write_image(out / "masks" / name, mask.view(np.uint8) * 255)
+def draw_result(out: Path, run: dict, line: dict, pixels: Tensor | None = None) -> dict:
+    """Write mask and overlay of a picture at the run's threshold, from its maps; returns the line
+    with what they show. A good part that stays good has nothing to be drawn anew."""
+    name, cut, shape = line["image"], run["threshold"], (line["height"], line["width"])
+    with np.load(out / "maps" / f"{name}.npz") as file:
+        maps, labels = file["maps"], file["labels"].tolist()
+    found = (Detection(line["score"], maps, shape, cut) if line["task"] == "detect" else
+             Segmentation(maps, labels, shape, cut))
+    if line.get("label") == "good" and not found.is_anomalous:
+        return line | {"threshold": cut}
+    if pixels is None:
+        try:
+            pixels = read_rgb(line["file"], "image", run["range"], PIXELS)[0]
+        except (ValueError, OSError):   # it has been moved since
+            pixels = to_rgb(out / "maps" / f"{name}.jpeg")
+    # a.png keeps its name; a.jpg becomes a.jpg.png, and so a.jpg.png becomes a.jpg.png.png
+    plain = name.endswith(".png") and Path(name[:-4]).suffix.lower() not in SUFFIXES
+    drawn = name if plain else name + ".png"
+    write_image(out / "masks" / drawn, found.mask.view(np.uint8) * 255)
     pixels = shrink(pixels, math.ceil(math.sqrt(pixels[..., 0].numel() / 2e6))).byte().numpy()
     small = replace(found, shape=pixels.shape[:2])
     heat = small.label_scores.max(axis=0)
-    write_image(out / "overlays" / name, overlay(pixels, heat, small.mask, *run["scale"]))
-    return line | {"label": "bad" if found.is_anomalous else "good", "threshold": found.threshold,
-                   "area": int(mask.sum()), "regions": found.boxes(),
-                   "mask": f"masks/{name}", "overlay": f"overlays/{name}"}
-
-
-def redraw_result(out: Path, run: dict, line: dict) -> dict:
-    """`draw_result` of what was kept; a good part that stays good has nothing to be drawn anew."""
-    import io
-    from PIL import Image
-    found, copy = kept_result(out, line, run["threshold"])
-    if line["label"] == "good" and not found.is_anomalous:
-        return line | {"threshold": found.threshold}
-    try:
-        pixels = read_rgb(line["file"], "image", run["range"], PIXELS)[0]
-    except (ValueError, OSError):   # it has been moved since
-        pixels = to_rgb(Image.open(io.BytesIO(copy)))
-    return draw_result(out, run, line, found, pixels)
+    write_image(out / "overlays" / drawn, overlay(pixels, heat, small.mask, *run["scale"]))
+    return line | {"label": "bad" if found.is_anomalous else "good", "threshold": cut,
+                   "score": float(np.max(found.score)), "area": int(found.mask.sum()),
+                   "regions": found.boxes(), "mask": f"masks/{drawn}",
+                   "overlay": f"overlays/{drawn}"}
 
 
 def run_folder(images: dict[str, Path], out: Path, run: dict, find: Callable, model: ICAS,
@@ -2139,37 +2106,37 @@ def run_folder(images: dict[str, Path], out: Path, run: dict, find: Callable, mo
     find  EncodedImage -> Segmentation or Detection. Under torchrun each rank takes its share.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    done, failed = read_results(out), 0
+    done, failed, (low, high) = {*read_run(out)[1]}, 0, run["scale"]
     results = out / (f"results.{rank}.jsonl" if world > 1 else "results.jsonl")
-    mine = [name for name in list(images)[rank::world] if name not in done]
     write_text(out / "run.json", json.dumps(run, indent=1))
     write_lines(results, read_lines(results))   # without half a line
     if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
     try:
-        for name in progress(mine, "pictures"):
+        for name in progress([n for n in list(images)[rank::world] if n not in done], "pictures"):
             begin = time.perf_counter()
             try:
                 pixels, shape = read_rgb(images[name], "image", run["range"], PIXELS)
-                found = replace(find(encode_pixels(pixels, shape, model)),
-                                threshold=run["threshold"])
+                found = find(encode_pixels(pixels, shape, model))
             except (ValueError, FileNotFoundError) as error:
                 failed += 1
                 print(f"icas: {images[name]}: {error}", file=sys.stderr)
                 continue
-            score = found.score if isinstance(found, Detection) else float(found.score.max())
+            heat = replace(found, shape=found.maps.shape[1:]).label_scores.max(axis=0)
+            level = (np.clip((heat - low) / (high - low), 0, 1) * 255).round().astype(np.uint8)
+            write_image(out / "maps" / f"{name}.png", level, 160)
+            write_image(out / "maps" / f"{name}.jpeg", pixels.numpy(), 480)
+            np.savez(out / "maps" / f"{name}.npz", maps=found.maps, labels=list(found.labels))
+            score = found.score if isinstance(found, Detection) else None   # see `draw_result`
             line = {"image": name, "file": os.path.abspath(images[name]), "height": shape[0],
                     "width": shape[1], "task": run["key"]["task"], "score": score}
-            keep_result(out, line, found, pixels)
-            line = draw_result(out, run, line, found, pixels)
+            line = draw_result(out, run, line, pixels)
             line["seconds"] = round(time.perf_counter() - begin, 3)
             with open(results, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-            done[name] = line
+            done.add(name)
     except KeyboardInterrupt:
-        print(f"icas: stopped after {len(done.keys() & images.keys())} of {len(images)}; run the "
-              "same command to go on", file=sys.stderr)
-        return 130
+        raise KeyboardInterrupt(f" after {len(done & images.keys())} of {len(images)}") from None
     if world > 1:
         torch.distributed.barrier()
     if rank == 0:
@@ -2186,41 +2153,41 @@ def finish_run(out: Path) -> str:
     """Join what the ranks found, bring it to the run's threshold, and write it as results.jsonl,
     results.csv, coco.json and report.html; returns what there is to say of it."""
     import csv
-    import io
-    run, lines = read_run(out), read_results(out)
+    run, lines = read_run(out)
     other = [line for line in lines.values() if line["threshold"] != run["threshold"]]
     undone = {line["image"]: line | {"threshold": None, "label": None} for line in other}
     write_lines(out / "results.jsonl", (lines | undone).values())   # if this is stopped half way
     with ThreadPoolExecutor() as pool:
-        redrawn = pool.map(functools.partial(redraw_result, out, run), other)
+        redrawn = pool.map(functools.partial(draw_result, out, run), other)
         lines |= {line["image"]: line for line in progress(redrawn, "masks", len(other))}
-    write_lines(out / "results.jsonl", lines.values())
+    lines = list(lines.values())
+    write_lines(out / "results.jsonl", lines)
     for part in out.glob("results.*.jsonl"):
         part.unlink()
-    table = io.StringIO()
-    columns = {"path": "image"} | {x: x for x in ("label", "score", "threshold", "area", "seconds")}
-    rows = [[line[key] for key in columns.values()] for line in lines.values()]
-    csv.writer(table, lineterminator="\n").writerows([list(columns), *rows])
-    write_text(out / "results.csv", table.getvalue())
-    text = summary(run, list(lines.values()))
+    columns = ["image", "label", "score", "threshold", "area", "seconds"]
+    rows = [["path", *columns[1:]], *([line[key] for key in columns] for line in lines)]
+    with whole_file(out / "results.csv") as part, open(part, "w", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
     with contextlib.suppress(ImportError):   # without pycocotools there is no coco.json
-        write_coco(out / "coco.json", list(lines.values()), out)
-    write_report(out, run, list(lines.values()), text)
-    report = out / "report.html"
+        write_coco(out, lines)
+    text, report = summary(run, lines), out / "report.html"
+    write_report(out, run, lines, text)
     return f"{text}\n{report if report.is_file() else out} shows them"
 
 
 def summary(run: dict, lines: Sequence[dict]) -> str:
     """How many were called bad, how many of good parts would be, and a histogram of scores."""
     good, cut, count = run["good"], run["threshold"], len(lines)
-    order = sorted(lines, key=lambda line: -line["score"])
-    bad = sum(line["label"] == "bad" for line in lines)
+    scores, bad = [line["score"] for line in lines], sum(line["label"] == "bad" for line in lines)
     said = [f"{bad} of {count} pictures are called bad at the threshold {cut:.3g}"]
+    if not count:
+        return said[0]
     if good:
         rate = false_positives(good, cut)
         said[0] += f"; if all were good it would be {rate * count:.1f} ({rate:.1%})"
         if not bad:
-            names = ", ".join(f"{line['image']} ({line['score']:.2f})" for line in order[:3])
+            highest = sorted(lines, key=lambda line: -line["score"])[:3]
+            names = ", ".join(f"{line['image']} ({line['score']:.2f})" for line in highest)
             said.append(f"nothing is above {cut:.3g}; the highest are {names}")
             if len(good) * rate < 1:
                 said.append(f"{len(good)} good parts cannot promise a rate of {rate:.1%}; look at "
@@ -2228,26 +2195,21 @@ def summary(run: dict, lines: Sequence[dict]) -> str:
         if bad <= rate * count:
             said.append("no more than of good parts: all are good, or such defects are out of reach"
                         ". To know, put in a part known to be bad: icas threshold OUT --bad FILE")
-    if not count:
-        return said[0]
-    scores = {"good parts": good, "pictures": [line["score"] for line in lines]}
-    every = sorted(sum(scores.values(), [cut]))
-    edges = np.linspace(every[0], every[-1] + 1e-6, 13)
-    counts = {k: np.histogram(v, edges)[0] for k, v in scores.items() if v}
-    head = "".join(f"{f'{k} ({n.sum()})':<32}" for k, n in counts.items())
-    said.append(" " * 15 + head.rstrip())
+    edges = np.linspace(min(cut, *good, *scores), max(cut, *good, *scores) + 1e-6, 13)
+    shown = {"good parts": good, "pictures": scores} if good else {"pictures": scores}
+    counts = [np.histogram(values, edges)[0] for values in shown.values()]
+    rows = [" " * 15 + "".join(f"{f'{name} ({len(shown[name])})':<32}" for name in shown)]
     for i, (low, high) in enumerate(zip(edges, edges[1:])):
-        row = "".join(f"{'#' * math.ceil(24 * n[i] / n.max()) + f' {n[i]}' * bool(n[i]):<32}"
-                      for n in counts.values())
+        bars = (f"{'#' * math.ceil(24 * n[i] / n.max())} {n[i] or ''}" for n in counts)
         mark = ">" if low <= cut < high else "-"   # the bin of the threshold
-        said.append(f"{low:6.2f} {mark} {high:<6.2f}{row}".rstrip())
-    return "\n".join(said)
+        rows.append(f"{low:6.2f} {mark} {high:<6.2f}" + "".join(f"{bar:<32}" for bar in bars))
+    return "\n".join([*said, *map(str.rstrip, rows)])
 
 
-def write_coco(path: Path, lines: Sequence[dict], out: Path) -> None:
-    """COCO annotations, one a connected region, that CVAT and pycocotools read."""
+def write_coco(out: Path, lines: Sequence[dict]) -> None:
+    """coco.json: COCO annotations, one a connected region, that CVAT and pycocotools read."""
     names = sorted({r["label"] for line in lines for r in line["regions"]} | {"defect"})
-    images, annotations, info = [], [], {"description": f"icas {__version__}"}
+    images, annotations = [], []
     for i, line in enumerate(lines, start=1):
         images.append({"id": i, "file_name": line["image"], "height": line["height"],
                        "width": line["width"]})
@@ -2255,13 +2217,13 @@ def write_coco(path: Path, lines: Sequence[dict], out: Path) -> None:
         for region, (box, inside) in zip(line["regions"], regions(mask), strict=True):
             own = np.zeros_like(mask)
             own[box] = inside
-            annotations.append({"id": len(annotations) + 1, "image_id": i, "iscrowd": 1,
-                                "category_id": names.index(region["label"]) + 1,
-                                "segmentation": run_lengths(own), "bbox": region["bbox"],
-                                "area": region["area"], "score": region["score"]})
+            annotations.append(region | {
+                "id": len(annotations) + 1, "image_id": i, "iscrowd": 1,
+                "category_id": names.index(region["label"]) + 1, "segmentation": run_lengths(own)})
     kinds = [{"id": n, "name": name, "supercategory": "defect"} for n, name in enumerate(names, 1)]
-    write_text(path, json.dumps({"info": info, "licenses": [], "images": images,
-                                 "annotations": annotations, "categories": kinds}))
+    write_text(out / "coco.json", json.dumps({
+        "info": {"description": f"icas {__version__}"}, "licenses": [], "images": images,
+        "annotations": annotations, "categories": kinds}))
 
 
 def write_report(out: Path, run: dict, lines: Sequence[dict], text: str) -> None:
@@ -2271,18 +2233,15 @@ def write_report(out: Path, run: dict, lines: Sequence[dict], text: str) -> None
         page = find_shipped(REPORT).read_text(encoding="utf-8")
     except FileNotFoundError:   # a copied icas.py may have none
         return
-    rows, (low, high) = [], run["scale"]
-    for line in sorted(lines, key=lambda line: -line["score"]):
-        found, copy = kept_result(out, line, run["threshold"])
-        top = replace(found, shape=found.maps.shape[1:]).label_scores.max(axis=0)
-        level = (np.clip((top - low) / (high - low), 0, 1) * 255).round().astype(np.uint8)
-        heat = picture_bytes(level, "PNG", 160)
-        rows.append([line["image"], line["score"], *(
-            f"{form};base64,{base64.b64encode(data).decode()}"
-            for form, data in (("jpeg", copy), ("png", heat)))])
-    shown = {"task": run["key"]["task"], "out": os.fspath(out), "text": text, "scale": run["scale"],
-             "threshold": run["threshold"], "good": run["good"], "heat": HEAT.tolist(),
-             "version": __version__}
+
+    def copy(line: dict, form: str) -> str:
+        data = (out / "maps" / f"{line['image']}.{form}").read_bytes()
+        return f"{form};base64,{base64.b64encode(data).decode()}"
+    rows = [[line["image"], line["score"], copy(line, "jpeg"), copy(line, "png")]
+            for line in sorted(lines, key=lambda line: -line["score"])]
+    shown = {key: run[key] for key in ("scale", "threshold", "good")} | {
+        "task": run["key"]["task"], "out": os.fspath(out), "text": text, "heat": HEAT.tolist(),
+        "version": __version__}
     data = json.dumps([shown, rows]).replace("<", "\\u003c")   # no name ends the script
     write_text(out / "report.html", page.replace("DATA", data, 1))
 
@@ -2319,8 +2278,7 @@ def parser():
         add("--prompts", metavar="FILE", help="references written by `icas prompts`")
         add("--model", metavar="FILE", help="checkpoint (default: the shipped one)")
         add("--encoder", metavar="FILE", help="a DINOv2 of any size (default: the checkpoint's)")
-        add("--range", nargs=2, type=float, metavar=("LOW", "HIGH"), help="black and white of "
-            "pictures of more than 8 bits")
+        add("--range", nargs=2, type=float, metavar=("LOW", "HIGH"), help="16-bit black and white")
         if name == "segment":
             clicks = {"type": float, "action": "append", "default": []}
             add("--point", nargs=2, **clicks, metavar=("X", "Y"), help="on a defect, pixels")
@@ -2336,55 +2294,52 @@ def parser():
 def encode_files(args, model: ICAS) -> tuple[References, list[str]]:
     """References of the command line, and the files that they come from."""
     references = References.load(args.prompts) if args.prompts else References()
-    normals = list(list_images(args.normal).values())
-    turns, anomalies = False if args.turns is None and len(normals) > 40 else args.turns, []
-    for given in args.anomaly:
-        image, *mask = given
+    normals, anomalies = list(list_images(args.normal).values()), []
+    for image, *marks in args.anomaly:
         with contextlib.suppress(ValueError):
-            mask = mask[0] if len(mask) == 1 else [float(x) for x in mask]
-        check(isinstance(mask, str) or len(mask) == 4 and isinstance(mask[0], float), "--anomaly: "
-              "expected IMAGE MASK, IMAGE X0 Y0 X1 Y1 or IMAGE FILE.json, got "
-              f"{len(given)} words: {' '.join(given)}")
-        anomalies.append((image, mask))
-    for kind, entries in (("anomalies", anomalies), ("normals", normals)):
-        for entry in progress(entries, kind):
-            references += encode(**{kind: [entry]}, turns=turns if kind == "normals" else
-                                 args.turns, value_range=args.range, model=model)
-    files = [x for given in args.anomaly for x in given[:2 if len(given) == 2 else 1]]   # no box
+            marks = [[float(x) for x in marks]] if len(marks) == 4 else marks
+        check(len(marks) == 1, "--anomaly: expected IMAGE MASK, IMAGE X0 Y0 X1 Y1 or IMAGE "
+              f"FILE.json, got {len(marks) + 1} words: {' '.join(map(str, [image, *marks]))}")
+        anomalies.append((image, *marks))
+    for entry in progress(anomalies, "anomalies"):
+        references += encode([entry], turns=args.turns, value_range=args.range, model=model)
+    turns = False if args.turns is None and len(normals) > 40 else args.turns   # as `encode` has it
+    for entry in progress(normals, "normals"):
+        references += encode(normals=[entry], turns=turns, value_range=args.range, model=model)
+    files = [x for entry in anomalies for x in entry if isinstance(x, str)]   # no box
     return references, [*files, *map(str, normals)]
 
 
 def run_command(args) -> int:
+    """`icas segment`, `icas detect` and `icas prompts`. What is wrong is said before anything is
+    written."""
     model, out = load(args.model, encoder=args.encoder, device=args.device), Path(args.out)
     references, files = encode_files(args, model)
     if args.command == "prompts":
         check(references.shots,
               "references: none given; pass --anomaly IMAGE MASK or --normal IMAGE")
-        references.save(args.out)
-        kinds = ", ".join(references.labels) or "normal only"
-        print(f"{len(references)} references ({kinds}) in {args.out}")
+        references.save(out)
+        print(f"{len(references)} references ({', '.join(references.labels) or 'normal'}) in {out}")
         return 0
-    skipped, ready = [], prepare(references, model=model)
-    taken = {name: Path(line["file"]) for name, line in read_results(out).items()}
-    images = list_images(args.images, skipped, taken)
+    ready, skipped, (kept, lines) = prepare(references, model=model), [], read_run(out)
+    images = list_images(args.images, skipped, {n: line["file"] for n, line in lines.items()})
     free = ("images", "out", "device", "threshold", "false_positive_rate")
     key = {"task": args.command, "version": __version__,
            "arguments": {k: v for k, v in vars(args).items() if k not in free}, "sha256": {
                f: sha256(f) for f in [*files, args.prompts, args.model, args.encoder] if f}}
-    check(not out.is_file() and out.resolve() not in [
-        Path(x).resolve() for x in (*args.images, *args.normal)],
-        f"--out: {out} is a file or the folder of the pictures; give a folder of its own")
-    kept, rate, good = read_run(out), None, []
+    check(not out.is_file() and not any(out.resolve() == Path(x).resolve()
+                                        for x in args.images + args.normal),
+          f"--out: {out} is a file or the folder of the pictures; give a folder of its own")
     check(not kept or kept.get("key") == key,
           f"--out: {out} holds results of other arguments (see {out / 'run.json'}); use another")
-    if args.command == "detect":   # wrong use is said before anything is written
+    good, cut, rate = [], kept.get("threshold"), kept.get("rate")
+    if args.command == "detect":
         good, find = ready.good.scores.tolist(), functools.partial(detect, references=ready)
-        cut, rate = kept.get("threshold"), kept.get("rate")
-        if args.false_positive_rate is not None or cut is None:
+        if args.false_positive_rate is not None or not kept:
             rate = RATE if args.false_positive_rate is None else args.false_positive_rate
             cut = upper_limit(good, rate)
     else:
-        cut = check_threshold(kept.get("threshold") if args.threshold is None else args.threshold)
+        cut = check_threshold(cut if args.threshold is None else args.threshold)
         marks = {"points": args.point + args.negative, "boxes": args.box,
                  "point_labels": [1] * len(args.point) + [0] * len(args.negative)}
         marks = {name: rows for name, rows in marks.items() if rows}
@@ -2392,41 +2347,39 @@ def run_command(args) -> int:
         check(len(images) == 1 or not marks,
               "--point, --box: expected one image with them; run icas once an image")
         if marks or not references.shots:
-            image, = list(images.values())[:1]
-            find(encode_image(image, value_range=args.range, model=model))
-    scale = (0, 1) if args.command == "segment" else (1, 2.5)
-    run = {"key": key, "good": good, "scale": kept.get("scale", scale), "range": args.range,
-           "threshold": cut, "rate": rate}
+            find(encode_image(next(iter(images.values())), value_range=args.range, model=model))
+    run = {"key": key, "good": good, "scale": (1, 2.5) if args.command == "detect" else (0, 1),
+           "range": args.range, "threshold": cut, "rate": rate}
     return run_folder(images, out, run, find, model, skipped)
 
 
 def set_threshold(args) -> int:
     """`icas threshold`: masks, labels and report of a run at another threshold."""
-    out, given = Path(args.out), [args.score, args.rate, args.bad]
-    run, lines = read_run(out), read_results(out)
-    check(lines and "key" in run, f"{out}: no finished run of icas there", FileNotFoundError)
-    check(sum(x is not None for x in given) == 1, "expected one of --score, --rate and --bad")
-    good, rate = run["good"], args.rate
-    check(good or args.score is not None, "--rate, --bad: need a run of icas detect; use --score")
-    if args.score is not None:
-        check(math.isfinite(args.score), f"--score: expected a number, got {args.score}")
-        cut = args.score if good else check_threshold(args.score)
+    out, score, rate = Path(args.out), args.score, args.rate
+    run, lines = read_run(out)
+    check(lines and run.get("key", {}).get("version") == __version__,
+          f"{out}: no finished run of icas there, or one of another version", FileNotFoundError)
+    check([score, rate, args.bad].count(None) == 2, "expected one of --score, --rate and --bad")
+    good = run["good"]
+    check(good or score is not None, "--rate, --bad: need a run of icas detect; use --score")
+    if score is not None:
+        check(math.isfinite(score), f"--score: expected a number, got {score}")
+        cut = score if good else check_threshold(score)
     elif rate is not None:
         cut = upper_limit(good, rate)
     else:
-        files = {line["file"]: name for name, line in lines.items()}
-        names = [x if x in lines else files.get(os.path.abspath(x)) for x in args.bad]
-        missing = [x for x, name in zip(args.bad, names) if name is None]
-        check(not missing, f"--bad: {', '.join(missing)}: not among the run's pictures, as "
-              f"{next(iter(lines))} is")
-        bad, good = np.array([lines[name]["score"] for name in names]), np.array(good)
+        by_file = {line["file"]: line for line in lines.values()}
+        found = {x: lines.get(x) or by_file.get(os.path.abspath(x)) for x in args.bad}
+        missing = [x for x in found if not found[x]]
+        check(not missing, f"--bad: {', '.join(missing)}: not among the run's pictures")
+        bad, good = np.array([line["score"] for line in found.values()]), np.array(good)
         every = np.unique([*bad, *good])   # of the cuts that part them best the one with most room
         low, high = max(zip(every[:-1], every[1:]), key=lambda pair: (
             (bad > pair[0]).mean() - (good > pair[0]).mean(), pair[1] - pair[0]))
-        cut, found = float(low + high) / 2, int((bad > low).sum())
-        reach = "" if found == len(bad) else "; what scores less looks like a good part here"
-        print(f"{found} of {len(bad)} known bad parts score above {cut:.3g}, "
-              f"{(good > low).sum()} of {len(good)} good ones{reach}")
+        cut, above = float(low + high) / 2, (bad > low).sum()
+        print(f"{above} of {len(bad)} known bad parts score above {cut:.3g}, "
+              f"{(good > low).sum()} of {len(good)} good ones" +
+              "; what scores less looks like a good part here" * bool(above < len(bad)))
     write_text(out / "run.json", json.dumps(run | {"threshold": cut, "rate": rate}, indent=1))
     print(finish_run(out))
     return 0
@@ -2449,12 +2402,12 @@ def demo(args) -> int:
         for i in chosen:
             kind = "bad" if probability[i] == 1 else "good"
             write_image(out / folder / f"{i:04d}_{kind}.png", cells[i])
-    marked, good = out / f"prompt/{index:04d}_bad.png", out / "good"
+    marked, outlined = out / f"prompt/{index:04d}_bad.png", out / f"prompt/{index:04d}_bad.json"
     shape = {"label": "dark area", "points": outline, "shape_type": "polygon"}
     drawn = {"shapes": [shape], "imageHeight": 300, "imageWidth": 300}   # as LabelMe saves it
-    write_text(marked.with_suffix(".json"), json.dumps(drawn))
-    for task, *shown in (("detect", "--normal", good),
-                         ("segment", "--anomaly", marked, marked.with_suffix(".json"))):
+    write_text(outlined, json.dumps(drawn))
+    for task, *shown in (("detect", "--normal", out / "good"),
+                         ("segment", "--anomaly", marked, outlined)):
         command = [*map(str, (task, out / "cells", *shown, "--out", out / task))]
         print("$ icas", *command)
         if status := main([*command, "--device", args.device]):
@@ -2474,8 +2427,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"icas: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("icas: stopped; run the same command to go on", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"icas: stopped{stop}; run the same command to go on", file=sys.stderr)
         return 130
 
 
