@@ -70,8 +70,8 @@ def segmentation_peers(store: Store, episode: dict, name: str) -> dict[str, Tens
 
     def tokens(image: icas.EncodedImage, plain: bool) -> Tensor:
         x = image.features.maps.float()
-        block = x.chunk(len(model.config.blocks), dim=1)[model.middle]
-        return icas.unit_tokens(block) if plain else model.tokens(x)[model.middle]
+        block = x.chunk(len(model.config.blocks), dim=1)[-1]
+        return icas.unit_tokens(block) if plain else model.tokens(x)[-1]
     for plain in (False, True):
         x, known = tokens(target, plain), torch.cat([tokens(i, plain) for i, _ in pairs], dim=1)
         near = icas.best_cosine(x, known, marked) - icas.best_cosine(x, known, clean)
@@ -266,13 +266,16 @@ def figures(sets: Sequence[dict], method: str, columns: Iterable[str]) -> dict:
 
 @torch.inference_mode()
 def speed(model: icas.ICAS, sam: bool) -> dict:
-    """Median seconds of `segment` with a prepared prompt, of the encoder alone, of SAM's ViT-H."""
+    """Median seconds of `segment` with a prepared prompt of a large and of a small mark, of the
+    encoder alone, of SAM's ViT-H."""
     size, device = model.config.image_size, model.device
-    image, mask = torch.rand(1, 3, size, size, device=device), np.zeros((size, size))
-    mask[size // 4:size // 3, size // 4:size // 2] = 1
-    ready = icas.prepare(icas.encode([(image[0], mask)], model=model), model=model)
+    image, a = torch.rand(1, 3, size, size, device=device), size // 4
+    boxes = (a, a, a + a // 3, 2 * a), (a, a, a + a // 9, a + a // 9)
+    large, small = (icas.prepare(icas.encode([(image[0], box)], model=model), model=model)
+                    for box in boxes)
     work = {"encoder": lambda: model.encoder(image, model.config.blocks)[0].sum().item(),
-            "segment": lambda: icas.segment(image[0], ready)}   # .item() waits for a GPU
+            "segment": lambda: icas.segment(image[0], large),   # .item() waits for a GPU
+            "segment, small mark": lambda: icas.segment(image[0], small)}
     modules = {"encoder": model.encoder, "decoder": model.decoder or torch.nn.Identity()}
     if sam:
         from transformers import SamConfig, SamModel

@@ -19,21 +19,21 @@ never trained on: the paper of this title, in its order. "Ours" heads what it do
     S_s, S_n, S^mfm    semantic, normal, semantic_mfm, normal_mfm
 
 Departures from the paper's text, where it is open or where its printed form does worse:
- 1. Features of several encoder blocks, not of the last alone (`Config.blocks=(depth,)` for that).
+ 1. Features of any encoder blocks, of the shipped one block 9, not of the last (`Config.blocks`).
  2. Directions in which tokens differ by place alone are taken out before a cosine (`debias=0`).
  3. Algorithm 1's distance is to the picked set, as A.7 proves; printed, it picks central tokens.
  4. Queries get a sine encoding of their place and a learned embedding of their kind.
  5. Layers are pre-norm; content and prompt queries have feed-forward nets of their own.
  6. The neck is two convolutions, the mask decoder two transposed ones: a ViT has one stride.
  7. Masks are pooled by each token's share, so that a mask of one pixel never vanishes.
- 8. The decoder also sees relation maps, what matching without training says (`correspondence`).
+ 8. The decoder also sees what matching without training says, pixel by pixel (`correspondence`).
  9. Classifiers are cosines with a learned scale; inner products saturate.
 10. Eq. 1 sums over truths and unmatched queries; the latter belong to Q_bg, at a weight of 0.1.
 11. Losses are taken at sampled points and normalised over all ranks, as in Mask2Former.
 12. Scores are the prompt's share of what all masks claim, not an unbounded sum (`plain_sum=True`).
 13. Mask-level matching has a temperature, and a mask counts by how little it is background.
-14. `segment` fuses S_s, S_s^mfm, matching of tokens and, of small marks, of a CNN (`detail=False`)
-    and how far tokens are from all background.
+14. `segment` fuses S_s, S_s^mfm, matching of tokens and, of small marks, of a small CNN's cells at
+    twice the input's side, and how far these are from all background (`detail=False`: neither).
 15. The input keeps the picture's aspect ratio, at about (image_size / 14)^2 tokens.
 16. `detect` compares tokens with good parts by nearest neighbour; S_n is left to `segment`.
 """
@@ -66,7 +66,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-__version__ = "0.8.0"
+__version__ = "0.9.0"
 __all__ = ["Batch", "Config", "Detection", "EncodedImage", "Features", "ICAS", "Prepared",
            "References", "Segmentation", "Truths", "convert", "detect", "encode", "encode_image",
            "fit", "load", "overlay", "prepare", "save", "segment", "to_mask", "to_rgb"]
@@ -84,7 +84,6 @@ class Config:
     image_size: int = 518           # pixels: a square is (image_size / 14)^2 tokens (Sec. 4.2)
     patch_size: int = 14            # pixels, fixed by DINOv2
     blocks: tuple[int, ...] = ()    # tapped, from 1; () is the last and one at 2/3 or 3/4 of them
-    matched: tuple[int, ...] = ()   # those of them in which cosines are taken; () is all
     debias: int = 20                # positional directions taken out; 0: none (departure 2)
     detail: bool = True             # match on the maps of a small CNN too (departure 14)
     queries: int = 200              # K, content queries (A.1)
@@ -94,8 +93,9 @@ class Config:
     heads: int = 8
     ffn_dim: int = 1728             # open in the paper: ViT-L stays below half of SAM (Table 14)
     pixel_dim: int = 256            # channels of P_t
-    correspondence: bool = True     # relation maps and the net that reads them (departure 8)
-    relation_dim: int = 64          # width of that net
+    correspondence: bool = True     # the decoder sees relation maps (departure 8)
+    features: bool = True           # and F_r, F_t: of the shipped one not, looks do not carry over
+    relation_dim: int = 64          # width of what reads them
     plain_sum: bool = False         # S = sum_i p_i M_i and S + S^mfm, as printed (departure 12)
     temperature: float = 0.07       # of mask-level feature matching (departure 13)
 
@@ -106,18 +106,16 @@ class Config:
         name, size, patch = str(self.encoder).removesuffix("-reg"), self.image_size, self.patch_size
         expect(name in ENCODERS, "encoder", f"one of {sorted(ENCODERS)}, with or without '-reg'")
         width, depth, _ = ENCODERS[name]
-        for given in ("blocks", "matched"):
-            listed = isinstance(getattr(self, given), (tuple, list))
-            expect(listed, given, "a tuple of block numbers")
+        expect(isinstance(self.blocks, (tuple, list)), "blocks", "a tuple of block numbers")
         blocks = tuple(self.blocks) or (depth * 3 // 4 if depth == 12 else depth * 2 // 3, depth)
-        vars(self).update(blocks=blocks, matched=tuple(self.matched) or blocks)   # it is frozen
+        vars(self).update(blocks=blocks)   # it is frozen
         near = max(1, round(size / patch)) * patch
         expect(size == near, "image_size", f"a positive multiple of {patch}", f"; use {near}")
-        for name, allowed in (("blocks", range(1, depth + 1)), ("matched", blocks)):
-            rising = sorted({*getattr(self, name)} & {*allowed})
-            expect([*getattr(self, name)] == rising, name, f"rising numbers out of {[*allowed]}")
-        least = dict.fromkeys(("queries", "layers", "dim", "heads", "ffn_dim", "pixel_dim"), 1)
-        for name, low in (least | {"relation_dim": 2, "debias": 0, "temperature": 1e-6}).items():
+        rising = sorted({*blocks} & {*range(1, depth + 1)})
+        expect([*blocks] == rising, "blocks", f"rising numbers from 1 to {depth}")
+        least = dict.fromkeys(("queries", "layers", "dim", "heads", "ffn_dim", "pixel_dim",
+                               "relation_dim"), 1)
+        for name, low in (least | {"debias": 0, "temperature": 1e-6}).items():
             expect(getattr(self, name) >= low, name, f"at least {low}")
         expect(self.debias < width, "debias", f"less than the encoder's width {width}")
         expect(self.dim % self.heads == self.dim % 4 == 0, "dim",
@@ -298,8 +296,9 @@ class Prompt(NamedTuple):
     background: list[Tensor]  # (B, R) a level: share of what is surely not it
     neck: tuple[Tensor, Tensor, Tensor]   # the neck's map (B, R, C) and its two shares
     fisher: list[Tensor]      # (B, D, 1) a level, see `fisher_direction`
-    shots: int = 1            # marked views among them
-    usual: Sequence[float] = ()   # see `usual_distance`, a level; of clicks and good parts none
+    weight: float = 0.0       # the detail's beside the blocks, see `detail_weight`
+    scale: int = 1            # 2: the detail is of a picture of twice the side
+    usual: float = math.inf   # see `usual_distance`; of clicks and good parts alone infinite
     good: int = 0             # good parts among the images
 
     @property
@@ -346,11 +345,10 @@ class Decoded(NamedTuple):
     content: Sequence[Tensor]  # (B, K, C) after each layer
     classes: Sequence[Tensor]  # (B, 4, C) after each layer: prompt, other, foreground, background
     pixels: Tensor             # (B, P, 4 H0, 4 W0): P_t
-    relation_logits: Tensor    # (B, 4 H0, 4 W0): the relation net's mask; 0 without correspondence
 
 
 class Decoder(nn.Module):
-    """What is trained: neck, relation net, in-context and mask decoder, classifiers (Sec. 3.1)."""
+    """What is trained: neck, in-context and mask decoder, classifiers (Sec. 3.1)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -368,21 +366,24 @@ class Decoder(nn.Module):
         self.up = nn.Sequential(nn.ConvTranspose2d(dim, pixel, 2, 2), ChannelNorm(pixel), nn.GELU(),
                                 nn.ConvTranspose2d(pixel, pixel, 2, 2))
         self.class_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # departure 9
-        if config.correspondence:   # as many maps as `relations` makes
-            self.relation = RelationNet(12 * len(config.blocks) + 2, config.relation_dim)
-            self.relation_to_memory = nn.Conv2d(config.relation_dim, dim, 1)
-            self.relation_to_pixels = nn.Conv2d(config.relation_dim // 2, pixel, 1)
+        if config.correspondence:   # as many maps as `relations` makes; by pixel: shapes of them
+            wide = config.relation_dim   # would be those of the training sets
+            self.relation = nn.Sequential(
+                nn.Conv2d(6 * (len(config.blocks) + config.detail) + 2, wide, 1), nn.GELU(),
+                nn.Conv2d(wide, wide, 1), nn.GELU())
+            self.relation_to_memory = nn.Conv2d(wide, dim, 1)
+            self.relation_to_pixels = nn.Conv2d(wide, pixel, 1)
 
-    def forward(self, neck: Tensor, image: Tensor, prompt: Prompt, maps: Tensor | None,
+    def forward(self, neck: Tensor, prompt: Prompt, maps: Tensor | None,
                 picked: Tensor | None) -> Decoded:
-        """neck (B, C, H0, W0), image (B, 3, 8 H0, 8 W0), maps of `relations` (None without
-        correspondence), picked (B, K) token indices of Q_c^0 (None of learned queries)."""
+        """neck (B, C, H0, W0), maps of `relations` (None without correspondence), picked (B, K)
+        token indices of Q_c^0 (None of learned queries)."""
         b, c, h0, w0 = neck.shape
-        memory, pixels, logits = neck, self.up(neck), neck.new_zeros((b, 4 * h0, 4 * w0))
+        memory, pixels = neck, self.up(neck)
         if maps is not None:
-            tokens, fine, logits = self.relation(maps, image)
-            memory = memory + self.relation_to_memory(tokens)
-            pixels = pixels + self.relation_to_pixels(fine)
+            seen = self.relation(maps)
+            memory = memory + self.relation_to_memory(F.avg_pool2d(seen, 4))
+            pixels = pixels + self.relation_to_pixels(seen)
         memory = rearrange(memory, "b c h w -> b (h w) c")
         # each token's place: two-dimensional sine encoding, ten turns an axis
         rate = 10000 ** (torch.arange(c // 4, device=neck.device) / (c // 4))
@@ -405,7 +406,7 @@ class Decoder(nn.Module):
         for layer in self.layers:
             x = layer(x, place, memory, memory_place)
             after.append(self.norm(x).float().tensor_split([-4], dim=1))
-        return Decoded(*zip(*after), pixels.float(), logits)
+        return Decoded(*zip(*after), pixels.float())
 
     def mask_logits(self, content: Tensor, pixels: Tensor) -> Tensor:
         """(B, K, ...) logits of script M_t = sigmoid(Q_c . P_t); pixels (B, P, ...)."""
@@ -489,62 +490,23 @@ def fisher_direction(reference: Tensor, foreground: Tensor, background: Tensor) 
     return direction / (gap * direction).sum(dim=1, keepdim=True).clamp_min(1e-6)
 
 
-def relations(target: Sequence[Tensor], matches: Sequence[Matching], prompt: Prompt, middle: int,
-              h0: int) -> Tensor:
-    """(B, 12 * blocks + 2, H0, W0) float32, of order one: what matching knows of (B, T, D) of unit
-    vectors each tapped block (departure 8). Block `middle` spreads the margins. Of good parts alone
-    the foreground's maps are 0; margins say what is far from them."""
-    foreground, marked, maps = surely(prompt.foreground[0], 0.5), prompt.marked[:, None], []
-    spread = (target[middle] @ target[middle].mT / 0.05).softmax(dim=-1)
-    count = max(1, min(256, int(foreground.sum(dim=1).max())))
-    chosen, index = foreground.float().topk(count, dim=1)   # the first marked tokens
-    for x, m, reference in zip(target, matches, prompt.tokens):
-        # how much more than its share each token is matched by the foreground's tokens
-        share = (reference.take_along_dim(index[..., None], dim=1) @ x.mT / 0.05).softmax(dim=-1)
-        share = (share * chosen[..., None]).sum(dim=1)
-        share = share / chosen.sum(dim=1, keepdim=True).clamp_min(1) * x.shape[1]
-        margin, mean = m.best_fg - m.best_bg, F.normalize(x.mean(dim=1, keepdim=True), dim=-1)
-        both = torch.stack([m.fisher, margin])
-        standard = (both - both.mean(dim=2, keepdim=True)) / (both.std(dim=2, keepdim=True) + 1e-3)
-        maps += [*m[:2], 4 * margin, *m[2:4], 4 * (m.mean_fg - m.mean_bg), m.fisher,
-                 *standard, 4 * (spread @ margin[..., None])[..., 0],
-                 torch.log1p(share) / 3 * marked, 1 - (x * mean).sum(dim=-1)]
+def relations(matches: Sequence[Matching], grids: Sequence[tuple[int, int]], prompt: Prompt,
+              size: Sequence[int]) -> Tensor:
+    """(B, 6 * levels + 2, *size) float32, of order one: what matching says of each level's grid
+    (departure 8), also standardised within the picture. Of good parts alone the foreground's are 0;
+    margins say what is far from them."""
+    maps, marked = [], prompt.marked[:, None]
+    for m, grid in zip(matches, grids):
+        margin = m.best_fg - m.best_bg
+        free = torch.stack([margin, m.fisher, 1 - m.best_bg], dim=1)                    # b 3 t
+        free = free - free.mean(dim=2, keepdim=True)
+        free = free / (free.std(dim=2, keepdim=True, correction=0) + 1e-3)
+        own = torch.stack([4 * margin, 4 * (m.mean_fg - m.mean_bg), m.fisher], dim=1)
+        maps.append(F.interpolate(torch.cat([own, free], dim=1).unflatten(2, grid), size=size,
+                                  mode="bilinear"))
     area = (prompt.foreground[0].mean(dim=1, keepdim=True) + 1e-4).log10() * marked
-    maps += [x.expand(maps[0].shape) for x in (marked, area)]
-    return rearrange(torch.stack(maps, dim=1), "b r (h w) -> b r h w", h=h0)
-
-
-class ResidualConv(nn.Module):
-    def __init__(self, dim: int, gap: int = 1):
-        super().__init__()
-        self.conv1, self.conv2 = (nn.Conv2d(dim, dim, 3, padding=n, dilation=n) for n in (gap, 1))
-        self.norm1, self.norm2 = ChannelNorm(dim), ChannelNorm(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(F.gelu(self.norm2(self.conv1(F.gelu(self.norm1(x))))))
-
-
-class RelationNet(nn.Module):
-    def __init__(self, channels: int, dim: int):
-        super().__init__()
-        half, self.enter = dim // 2, nn.Conv2d(channels, dim, 1)
-        self.trunk = nn.Sequential(ResidualConv(dim), ResidualConv(dim, 2), ResidualConv(dim))
-        self.up1, self.up2 = (nn.ConvTranspose2d(n, half, 2, 2) for n in (dim, half))
-        self.stem1, self.stem2 = nn.Conv2d(3, half, 5, 2, 2), nn.Conv2d(half, half, 3, padding=1)
-        self.mix = nn.Sequential(nn.Conv2d(2 * half, half, 3, padding=1), ResidualConv(half),
-                                 ResidualConv(half, 2))
-        self.norm, self.logit = ChannelNorm(half), nn.Conv2d(half, 1, 1)
-
-    def forward(self, maps: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Relation maps (B, R, H0, W0) and image (B, 3, 8 H0, 8 W0) -> (B, dim, H0, W0) for the
-        memory, (B, dim / 2, 4 H0, 4 W0) for P_t, (B, 4 H0, 4 W0) logits of a mask (departure 8)."""
-        # the image stem is for thin defects: local contrast counts, not the light
-        mean, std = (f(image, dim=(1, 2, 3), keepdim=True) for f in (torch.mean, torch.std))
-        tokens = self.trunk(self.enter(maps))
-        fine = self.stem2(F.gelu(self.stem1((image - mean) / (std + 0.05))))
-        coarse = self.up2(F.gelu(self.up1(F.gelu(tokens))))
-        pixels = F.gelu(self.norm(self.mix(torch.cat([coarse, fine], dim=1))))
-        return tokens, pixels, self.logit(pixels)[:, 0].float()
+    both = torch.stack([marked, area], dim=1)[..., None].float()
+    return torch.cat([*maps, both.expand(-1, -1, *size)], dim=1)
 
 
 # ---- 3.2 Objective -------------------------------------------------------------------------------
@@ -580,14 +542,14 @@ class Truths(NamedTuple):
 
 def objective(decoder: Decoder, decoded: Decoded, marked: Tensor, truths: Sequence[Truths],
               points: Tensor, totals: Tensor) -> dict[str, Tensor]:
-    """Eq. 1 over every layer, and the relation net's dense mask, as parts to be summed. marked (B,)
-    1.0 where the first classifier is trained; points (P,) of the flattened (4 H0, 4 W0) grid, where
-    masks are compared; totals of `loss_totals` divide the parts."""
+    """Eq. 1 over every layer, as parts to be summed. marked (B,) 1.0 where the first classifier is
+    trained; points (P,) of the flattened (4 H0, 4 W0) grid, where masks are compared; totals of
+    `loss_totals` divide the parts."""
     pixels = decoded.pixels.flatten(2)[..., points]
     sampled = [t.masks.flatten(1)[:, points] for t in truths]
     total = totals.to(pixels.device).clamp_min(1)
     no_object = torch.tensor([1.0, 1.0, 0.1], device=pixels.device)   # departure 10
-    parts = {name: pixels.new_zeros(()) for name in ("target", "other", "mask", "dense")}
+    parts = {name: pixels.new_zeros(()) for name in ("target", "other", "mask")}
     for content, classes in zip(decoded.content, decoded.classes):
         masks, logits = decoder.mask_logits(content, pixels), decoder.class_logits(content, classes)
         probs = logits.softmax(dim=-1).detach()
@@ -600,20 +562,23 @@ def objective(decoder: Decoder, decoded: Decoded, marked: Tensor, truths: Sequen
                                reduction="none").view(logits.shape[:3])
         parts["target"] += 2 * (each[0] * marked[:, None]).sum() / total[1]
         parts["other"] += 2 * each[1].sum() / total[2]
-    if decoder.config.correspondence:
-        prompted = [(t.masks * (t.classes == 0)[:, None, None]).amax(dim=0) for t in truths]
-        each = mask_loss(decoded.relation_logits.flatten(1), torch.stack(prompted).flatten(1))
-        parts["dense"] = each.sum() / total[3]
     return parts
 
 
 # ---- The model -----------------------------------------------------------------------------------
 
-class Features(NamedTuple):
-    """What the frozen encoders and the decoder's stem give of B images of one size."""
+@dataclass(eq=False)
+class Features:
+    """What the frozen encoders give of B images of one size."""
     maps: Tensor                   # (B, blocks * D, H0, W0): F of every tapped block, normed
-    small: Tensor                  # (B, 3, 8 H0, 8 W0) RGB in [0, 1], for the image stem
     detail: Tensor | None = None   # (B, 280, H1, W1) of `Detail`, at stride 8
+    picture: Tensor | None = None  # (B, 3, 16 H1, 16 W1) uint8 RGB, twice the side
+    fine: Tensor | None = None     # (B, 280, 2 H1, 2 W1), its detail, once it was asked for
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Features":
+        """A copy there; the picture stays uint8."""
+        return Features(*(x if x is None else x.to(device, dtype if x.is_floating_point() else
+                                                   x.dtype) for x in vars(self).values()))
 
 
 class ICAS(nn.Module):
@@ -632,11 +597,6 @@ class ICAS(nn.Module):
         return self.encoder.cls_token.device
 
     @property
-    def middle(self) -> int:
-        """Index of the tapped block for queries and mask-level matching: the last matched one."""
-        return self.config.blocks.index(self.config.matched[-1])
-
-    @property
     def kind(self) -> str:
         """What features depend on: those of another kind cannot be compared."""
         c = self.config
@@ -647,13 +607,20 @@ class ICAS(nn.Module):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=fast_bf16(self.device))
 
     @torch.no_grad()
-    def describe(self, images: Tensor) -> Features:
+    def describe(self, images: Tensor, picture: Tensor | None = None) -> Features:
         """Encode (B, 3, H, W) RGB in [0, 1], sides multiples of the patch."""
         with self.autocast():
             maps = torch.cat(self.encoder(images, self.config.blocks), dim=1)
             detail = self.detail(images) if self.config.detail else None
-        size = [8 * n for n in maps.shape[-2:]]
-        return Features(maps, F.interpolate(images, size, mode="bilinear", antialias=True), detail)
+        return Features(maps, detail, picture)
+
+    @torch.no_grad()
+    def look_closer(self, features: Features) -> Tensor:
+        """The detail at twice the side, kept in the features."""
+        if features.fine is None:
+            with self.autocast():
+                features.fine = self.detail(features.picture / 255).half()
+        return features.fine
 
     @torch.no_grad()
     def tokens(self, maps: Tensor) -> list[Tensor]:
@@ -666,10 +633,16 @@ class ICAS(nn.Module):
         split = rearrange(maps.float(), "b (n d) h w -> n b d h w", n=len(c.blocks))
         return list(map(unit_tokens, split, self.kept[key] if c.debias else [None] * len(split)))
 
-    def levels(self, features: Features) -> list[Tensor]:
-        """What is matched: (B, T, D) of each tapped block, then the detail at strides 4, 8, 16."""
-        fine = [unit_tokens(features.detail[:, :160])] if features.detail is not None else []
-        return self.tokens(features.maps) + fine
+    def levels(self, features: Features, scale: int = 1) -> list[Tensor]:
+        """What is matched: (B, T, D) unit vectors of each tapped block, then of the detail."""
+        detail = [self.look_closer(features) if scale == 2 else features.detail]
+        return self.tokens(features.maps) + [unit_tokens(x) for x in detail[:self.config.detail]]
+
+    def grids(self, features: Features, scale: int = 1) -> list[tuple[int, int]]:
+        """(h, w) of each of `levels`."""
+        grids = [tuple(features.maps.shape[-2:])] * len(self.config.blocks)
+        detail = features.fine if scale == 2 else features.detail
+        return grids + ([tuple(detail.shape[-2:])] if self.config.detail else [])
 
     def match(self, tokens: Sequence[Tensor], prompt: Prompt) -> list[Matching]:
         """`match_tokens` of each level; in bf16, for the eighth bit of a cosine does not matter."""
@@ -678,20 +651,21 @@ class ICAS(nn.Module):
 
     def neck(self, maps: Tensor) -> Tensor:   # (B, C, H0, W0) float32
         with self.autocast():
-            return self.decoder.neck(maps.float()).float()
+            return self.decoder.neck(maps.float()).float() * self.config.features
 
-    def decode(self, tokens: Sequence[Tensor], matches: Sequence[Matching] | None, neck: Tensor,
-               small: Tensor, prompt: Prompt) -> Decoded:
-        """The decoder's view of B targets against one prompt; `matches` of each tapped block."""
-        maps, picked, blocks = None, None, tokens[:len(self.config.blocks)]
+    def decode(self, levels: Sequence[Tensor], grids: Sequence[tuple[int, int]], neck: Tensor,
+               prompt: Prompt, matches: Sequence[Matching] | None = None) -> Decoded:
+        """The decoder's view of B targets against one prompt; their `levels`, `matches` of each."""
+        maps, picked, (h0, w0) = None, None, neck.shape[-2:]
         with self.autocast():
             if self.config.correspondence:
-                matches = matches or self.match(blocks, prompt)
-                maps = relations(blocks, matches, prompt, self.middle, neck.shape[-2])
+                matches = self.match(levels, prompt) if matches is None else matches
+                maps = relations(matches, grids, prompt, (4 * h0, 4 * w0))
             if not self.config.learned_queries:
+                last = levels[len(self.config.blocks) - 1]
                 with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                    picked = greedy_queries(tokens[self.middle], self.config.queries)
-            return self.decoder(neck, small, prompt, maps, picked)
+                    picked = greedy_queries(last, self.config.queries)
+            return self.decoder(neck, prompt, maps, picked)
 
 
 def fast_bf16(device: str | torch.device) -> bool:
@@ -706,37 +680,39 @@ def fast_bf16(device: str | torch.device) -> bool:
 class Batch(NamedTuple):
     """B pairs of one grid, encoded. A pair with an all-zero foreground shows what is normal."""
     target: Features
-    reference: Tensor        # (B, S, blocks * D, H0, W0), S shots
-    foreground: Tensor       # (B, S, H0, W0) share of the prompted label in the reference
-    background: Tensor       # (B, S, H0, W0) share of what is surely not it
+    reference: Features      # of B * S images, the S shots of a pair side by side
+    sides: list[Tensor]      # (B, S, 2, h, w) at each of its grids: share of the prompted label,
+    #                          share of what is surely not it
     hidden: Tensor           # (B,) 1.0 where the decoder sees relations alone, which carry over
     truths: list[Truths]     # segments of each target
 
 
 def loss_totals(batch: Batch, config: Config) -> Tensor:
-    """(4,): matched masks, class weights of either classifier, pairs; known before the forward."""
-    places = config.queries if config.learned_queries else batch.foreground[0, 0].numel()
-    queries, marked = min(config.queries, places), batch.foreground.flatten(1).amax(dim=1) > 0
+    """(3,): matched masks, class weights of either classifier; known before the forward."""
+    foreground = batch.sides[0][:, :, 0]                                       # b s h w
+    places = config.queries if config.learned_queries else foreground[0, 0].numel()
+    queries, marked = min(config.queries, places), foreground.flatten(1).amax(dim=1) > 0
     matched = torch.tensor([float(min(queries, len(t.classes))) for t in batch.truths])
     weights = matched + 0.1 * (queries - matched)   # the unmatched weigh 0.1
-    return torch.stack([matched, weights * marked.cpu(), weights, torch.ones_like(matched)]).sum(1)
+    return torch.stack([matched, weights * marked.cpu(), weights]).sum(1)
 
 
 def pair_loss(model: ICAS, batch: Batch, generator: torch.Generator,
               totals: Tensor | None = None) -> dict[str, Tensor]:
     """Loss parts of one batch of pairs, to be summed; totals: `loss_totals` over all ranks."""
     totals = loss_totals(batch, model.config) if totals is None else totals
-    b, _, _, h0, w0 = batch.reference.shape
-    reference, seen = batch.reference.flatten(0, 1), (1 - batch.hidden)[:, None, None]
-    neck, shown = model.neck(torch.cat([batch.target.maps, reference])).tensor_split([b])
+    b, (h0, w0) = len(batch.truths), batch.target.maps.shape[-2:]
+    seen, blocks = (1 - batch.hidden)[:, None, None], len(model.config.blocks)
+    neck, shown = model.neck(torch.cat([batch.target.maps, batch.reference.maps])).tensor_split([b])
     pool = functools.partial(rearrange, pattern="(b s) t d -> b (s t) d", b=b)
-    tokens = [pool(t) for t in model.tokens(reference)]
-    sides = batch.foreground.flatten(1), batch.background.flatten(1)
+    tokens = [pool(t) for t in model.levels(batch.reference)]
+    sides = [rearrange(side, "b s n h w -> n b (s h w)").unbind() for side in batch.sides]
+    sides = [sides[0]] * blocks + sides[1:][:model.config.detail]
     shown = pool(rearrange(shown, "n c h w -> n (h w) c")) * seen
-    prompt = Prompt(tokens, *([side] * len(tokens) for side in sides), (shown, *sides),
-                    [fisher_direction(t, *sides) for t in tokens])
-    decoded = model.decode(model.tokens(batch.target.maps), None, neck * seen[..., None],
-                           batch.target.small, prompt)
+    prompt = Prompt(tokens, *map(list, zip(*sides)), (shown, *sides[0]),
+                    [fisher_direction(t, *side) for t, side in zip(tokens, sides)])
+    decoded = model.decode(model.levels(batch.target), model.grids(batch.target),
+                           neck * seen[..., None], prompt)
     # one pixel of every 2 x 2: sampled points that miss no defect of two pixels (departure 11)
     y, x = (2 * torch.arange(2 * n)[:, None] + torch.randint(2, (2 * n, 2 * m), generator=generator)
             for n, m in ((h0, w0), (w0, h0)))
@@ -815,18 +791,19 @@ class Scores(NamedTuple):
     normal_mfm: Tensor     # S_n^mfm in [0, 2]: cosine distance of each mask to the nearest of Q_r
 
 
-def mask_scores(decoder: Decoder, decoded: Decoded, tokens: Tensor, prompt: Prompt, middle: int,
+def mask_scores(decoder: Decoder, decoded: Decoded, tokens: Tensor, prompt: Prompt,
                 reference_masks: Tensor | None = None) -> Scores:
-    """The four scores of section 3.4. tokens (B, T, D) are the target's of block `middle`;
+    """The four scores of section 3.4. tokens (B, T, D) are the target's of the last tapped block;
     reference_masks (1, J, D) unit vectors Q_r: without them the pooled Q_ntp^0 stands in."""
-    plain, content = decoder.config.plain_sum, decoded.content[-1]
+    last, content = len(decoder.config.blocks) - 1, decoded.content[-1]
+    plain = decoder.config.plain_sum
     probs = decoder.class_logits(content, decoded.classes[-1]).softmax(dim=-1)
     # s, n: a mask counts by how little it is background (departure 13)
     (p_prompt, p_fg), (s, n) = probs[..., 0], 1 - probs[..., 2]
     masks = decoder.mask_logits(content, decoded.pixels).sigmoid()
     pooled = mask_features(masks, tokens)
-    shares = torch.stack([prompt.foreground[middle], prompt.background[middle]], dim=1)
-    sides = F.normalize(mask_pool(prompt.tokens[middle], shares), dim=-1)   # Q_p^0, Q_ntp^0
+    shares = torch.stack([prompt.foreground[last], prompt.background[last]], dim=1)
+    sides = F.normalize(mask_pool(prompt.tokens[last], shares), dim=-1)   # Q_p^0, Q_ntp^0
     # softmax(Q_p^0 . Q_m | Q_p^0, Q_ntp^0), and min_j 1 - <Q_m^i, Q_r^j>
     likeness = (pooled @ sides.mT / decoder.config.temperature).softmax(dim=-1)[..., 0]
     normal = sides[:, 1:] if reference_masks is None else reference_masks
@@ -1063,8 +1040,10 @@ def encode_pixels(pixels: Tensor, shape: tuple[int, int], model: ICAS) -> Encode
     """Encode (H, W, 3) uint8 pixels of a picture of (h, w), reduced or not."""
     x = rearrange(pixels.to(model.device), "h w c -> 1 c h w").float() / 255
     size = [n * model.config.patch_size for n in token_grid(*shape, model.config)]
-    seen = F.interpolate(x, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-    return EncodedImage(model.describe(seen), shape, model.kind)
+    seen, large = (F.interpolate(x, size=side, mode="bicubic", antialias=True).clamp(0, 1)
+                   for side in (size, [n // 8 * 16 for n in size]))
+    features = model.describe(seen, (255 * large).round().byte())
+    return EncodedImage(features, shape, model.kind)
 
 
 def check_model(model: ICAS | None) -> ICAS:
@@ -1079,18 +1058,15 @@ def check_kind(name: str, found: str, wanted: str) -> None:
 
 class Shot(NamedTuple):
     """One view of a reference image, encoded."""
-    maps: Tensor            # `Features` of one image, in float16
-    small: Tensor
-    detail: Tensor          # without detail, of no channel
-    sides: Tensor           # (2, H0, W0) shares of the marked anomaly, of what is surely not it
-    fine_sides: Tensor      # (2, H1, W1), the same at the detail's grid
-    label: str              # "" of a good part
-    image: str              # which image: a hash of its pixels
-    turn: int               # 0 as it lies, 1 to 7 a flipped or turned copy
+    features: Features       # of one image, in float16
+    sides: list[Tensor]      # (2, h, w) at the grids of its maps, detail and fine: shares of the
+    #                          marked anomaly, of what is surely not it
+    label: str               # "" of a good part
+    image: str               # which image: a hash of its pixels
+    turn: int                # 0 as it lies, 1 to 7 a flipped or turned copy
 
-    def features(self, device: torch.device) -> Features:
-        maps, small, detail = (x.to(device).float() for x in self[:3])
-        return Features(maps, small, detail if detail.shape[1] else None)
+
+SIDES = ("sides", "detail_sides", "fine_sides")   # as a file of references names them
 
 
 @dataclass
@@ -1121,15 +1097,18 @@ class References:
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, whole or not at all."""
         tensors = {f"{i}.{name}": x.contiguous() for i, shot in enumerate(self.shots)
-                   for name, x in zip(Shot._fields, shot[:5])}
-        write_file(path, tensors, {"format": "icas-references-2", "kind": self.kind,
-                                   "shots": json.dumps([shot[5:] for shot in self.shots])})
+                   for name, x in (*vars(shot.features).items(), *zip(SIDES, shot.sides))
+                   if x is not None}
+        write_file(path, tensors, {"format": "icas-references-3", "kind": self.kind,
+                                   "shots": json.dumps([shot[2:] for shot in self.shots])})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "References":
-        tensors, meta = read_file(path, "references", "icas-references-2")
+        tensors, meta = read_file(path, "references", "icas-references-3")
         try:
-            return cls([Shot(*(tensors[f"{i}.{name}"] for name in Shot._fields[:5]), *words)
+            return cls([Shot(Features(tensors[f"{i}.maps"], tensors.get(f"{i}.detail"),
+                                      tensors[f"{i}.picture"]),
+                             [tensors[f"{i}.{name}"] for name in SIDES], *words)
                         for i, words in enumerate(json.loads(meta["shots"]))], meta["kind"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"references: {os.fspath(path)!r} is incomplete ({error!r}); encode "
@@ -1204,10 +1183,10 @@ def read_mask(mask: Any, image: Any, shape: tuple[int, int], name: str,
 
 def make_shot(features: Features, sides: Tensor, label: str, name: str = "", turn: int = 0) -> Shot:
     """A shot of one encoded image and the (2, H, W) masks of its two sides."""
-    maps, sides = features.maps, sides.to(features.maps.device)
-    detail = maps[:, :0] if features.detail is None else features.detail
-    shares = (token_share(sides, *x.shape[-2:]) for x in (maps, detail))
-    return Shot(maps.half(), features.small.half(), detail.half(), *shares, label, name, turn)
+    h, w = (features.maps if features.detail is None else features.detail).shape[-2:]
+    grids = features.maps.shape[-2:], (h, w), (2 * h, 2 * w)
+    half, sides = features.to(features.maps.device, torch.half), sides.to(features.maps.device)
+    return Shot(half, [token_share(sides, *grid) for grid in grids], label, name, turn)
 
 
 CAP = 1 << 16  # tokens that a level of a prompt keeps at most, besides the marked: ViT-S 0.1 GB
@@ -1227,31 +1206,44 @@ def thin(tokens: Tensor, sides: Tensor, turn: int, most: int) -> tuple[Tensor, T
     keep, marked = kept_tokens(sides[0], turn), sides[0] > 0
     rest = (keep & ~marked).nonzero()[:, 0]
     if len(rest) > most:
-        keep = marked.index_fill(0, rest[greedy_queries(tokens[:, rest], most)[0]], True)
+        rest = rest[::math.ceil(len(rest) / 4096)]   # bounds the selection's memory
+    if len(rest) > most:
+        rest = rest[greedy_queries(tokens[:, rest], most)[0]]
+    keep = marked.index_fill(0, rest, True)
     return tokens[:, keep], sides[:, keep]
 
 
 def pool_shots(model: ICAS, shots: Sequence[Shot]) -> Prompt:
     """All shots as one prompt, B = 1: tokens together, whatever their order (departure 7)."""
-    trained, views, most = model.decoder is not None, [], max(16, CAP // len(shots))
-    usual: list[list[float]] = []   # a marked image, a level
+    trained, views, usual = model.decoder is not None, [], []
+    weight = detail_weight([float(s.sides[0][0].sum()) for s in shots if s.label])
+    scale = 2 if model.config.detail and weight > 0.1 else 1
+    most = [max(16, CAP // len(shots))] * (trained + len(model.config.blocks))
+    most.append(min(most[0], 1 << 14) // scale ** 2)
     for shot in shots:
-        features = shot.features(model.device)
-        tokens, sides = model.levels(features), [shot.sides] * len(model.config.blocks)
-        sides = [s.to(model.device) for s in (*sides, shot.fine_sides)]
+        features = shot.features.to(model.device, torch.float32)
+        tokens, (coarse, *fine) = model.levels(features, scale), shot.sides
+        sides = [coarse] * len(model.config.blocks) + [fine[scale - 1]] * model.config.detail
+        sides = [s.to(model.device) for s in sides]
         if shot.label and shot.image and not shot.turn:
-            usual.append([usual_distance(t, s[1] > 0.999) for t, s in zip(tokens, sides)])
+            usual.append(usual_distance(tokens[-1], sides[-1][1] > 0.999))
         if trained:   # one more level, for Q_p^0 and Q_ntp^0
             tokens.insert(0, rearrange(model.neck(features.maps), "b c h w -> b (h w) c"))
             sides.insert(0, sides[0])
-        views.append([thin(t, s.flatten(1), shot.turn, most) for t, s in zip(tokens, sides)])
+        views.append([thin(t, s.flatten(1), shot.turn, n) for t, s, n in zip(tokens, sides, most)])
     joined = [[torch.cat(x, dim=1) for x in zip(*level)] for level in zip(*views)]
     neck, *levels = [(tokens, *sides[:, None]) for tokens, sides in joined]
-    levels, marked = levels if trained else [neck, *levels], sum(s.label != "" for s in shots)
+    levels = levels if trained else [neck, *levels]
     directions = [fisher_direction(*level) for level in levels]
-    usual = [float(np.mean(x)) for x in zip(*usual)]
+    usual = float(np.mean(usual)) if usual else math.inf
     good = len({shot.image for shot in shots if not shot.label})
-    return Prompt(*map(list, zip(*levels)), neck, directions, max(1, marked), usual, good)
+    return Prompt(*map(list, zip(*levels)), neck, directions, weight, scale, usual, good)
+
+
+def detail_weight(marked: Sequence[float]) -> float:
+    """The detail's weight beside the blocks, 1/2 where a view marks four tokens on average, next to
+    nothing for more: a token blurs small defects, the small CNN takes texture for large ones."""
+    return 1 / (1 + (float(np.mean(marked)) / 4) ** 4) if marked else 0.0
 
 
 @dataclass(eq=False, repr=False)
@@ -1279,11 +1271,11 @@ class Prepared:
             return None
         prompt, lying = pool_shots(model, normals), [s for s in normals if not s.turn]
         for shot in lying[::math.ceil(len(lying) / 100)]:
-            features = shot.features(model.device)
-            tokens = model.tokens(features.maps)
-            decoded = model.decode(tokens, None, model.neck(features.maps), features.small, prompt)
+            features = shot.features.to(model.device, torch.float32)
+            levels, neck = model.levels(features), model.neck(features.maps)
+            decoded = model.decode(levels, model.grids(features), neck, prompt)
             masks = model.decoder.mask_logits(decoded.content[-1], decoded.pixels).sigmoid()
-            pooled.append(mask_features(masks, tokens[model.middle]))
+            pooled.append(mask_features(masks, levels[len(model.config.blocks) - 1]))
         return torch.cat(pooled, dim=1)
 
     @functools.cached_property
@@ -1462,12 +1454,6 @@ def run_lengths(mask: np.ndarray) -> dict:
     return {"size": [int(n) for n in code["size"]], "counts": code["counts"].decode("ascii")}
 
 
-def detail_weight(prompt: Prompt) -> float:
-    """The detail's weight beside the blocks, 1/2 where a view marks four tokens, less for more: a
-    token blurs small defects, the small CNN takes texture for large ones."""
-    return 1 / (1 + (float(prompt.foreground[0].sum()) / prompt.shots / 4) ** 2)
-
-
 FEW = 4   # good parts from which on a marked prompt relies on them
 
 
@@ -1477,27 +1463,20 @@ def score_parts(model: ICAS, features: Features, prompt: Prompt,
                 weight: float | None = None) -> dict[str, Tensor]:
     """(4 H0, 4 W0) float32 log-odds of one image by each part and, as "icas", by all together
     (departure 14); with `every` also by parts that do not count. weight: the detail's, if set."""
-    tokens, config, parts, mixed = model.levels(features), model.config, {}, {}
-    novel: list[Tensor] = []
-    size, matches = [4 * n for n in features.maps.shape[-2:]], model.match(tokens, prompt)
-    for i, (block, m) in enumerate(zip((*config.blocks, 0), matches)):   # 0 is the detail
-        if block in (*config.matched, 0):
-            name = f"block {block}" if block else "detail"
-            grid = (features.maps if block else features.detail).shape[-2:]
-            pair = torch.stack([20 * (m.best_fg - m.best_bg), 4 * m.fisher], dim=1)      # 1 2 t
-            nearest, fisher = F.interpolate(pair.unflatten(2, grid), size=size, mode="bilinear")[0]
-            parts |= {f"{name} nearest": nearest, f"{name} Fisher": fisher}
-            mixed[name] = (2 * nearest + fisher) / 3
-            if prompt.usual:   # how much farther from the background than it is from itself
-                far = ((1.01 - m.best_bg).clamp_min(0.01) / (0.01 + prompt.usual[i])).log()
-                far = far.clamp(-2, 2).unflatten(1, grid)[None]
-                novel.append(F.interpolate(far, size=size, mode="bilinear")[0, 0])
-                parts[f"{name} novelty"] = novel[-1]
+    config, parts, mixed = model.config, {}, {}
+    levels, grids = model.levels(features, prompt.scale), model.grids(features, prompt.scale)
+    size, matches = [4 * n for n in features.maps.shape[-2:]], model.match(levels, prompt)
+    names = [f"block {block}" for block in config.blocks] + ["detail"] * config.detail
+    for name, m, grid in zip(names, matches, grids):
+        pair = torch.stack([20 * (m.best_fg - m.best_bg), 4 * m.fisher], dim=1)          # 1 2 t
+        nearest, fisher = F.interpolate(pair.unflatten(2, grid), size=size, mode="bilinear")[0]
+        parts |= {f"{name} nearest": nearest, f"{name} Fisher": fisher}
+        mixed[name] = (2 * nearest + fisher) / 3
     detail = mixed.pop("detail", None)
     odds = torch.stack(list(mixed.values())).mean(dim=0)
     if model.decoder is not None:
-        decoded = model.decode(tokens, matches, model.neck(features.maps), features.small, prompt)
-        scores = mask_scores(model.decoder, decoded, tokens[model.middle], prompt, model.middle,
+        decoded = model.decode(levels, grids, model.neck(features.maps), prompt, matches)
+        scores = mask_scores(model.decoder, decoded, levels[len(config.blocks) - 1], prompt,
                              reference_masks)
         paper = {"S_s": scores.semantic[0], "S_s mfm": scores.semantic_mfm[0]}
         parts |= {name: torch.logit(x.clamp(0.007, 0.993)) for name, x in paper.items()}
@@ -1505,13 +1484,18 @@ def score_parts(model: ICAS, features: Features, prompt: Prompt,
         if config.plain_sum:
             odds = torch.logit(sum(paper.values()).clamp(1e-4, 1 - 1e-4))
         if every:
-            parts |= {"relation net": decoded.relation_logits[0],
-                      "S_n": torch.logit(scores.normal[0], 1e-4),
+            parts |= {"S_n": torch.logit(scores.normal[0], 1e-4),
                       "S_n mfm": torch.logit(scores.normal_mfm[0], 1e-4)}
     if not (config.plain_sum and model.decoder):
-        weight = detail_weight(prompt) if weight is None else weight
+        weight = prompt.weight if weight is None else weight
         odds = odds if detail is None else odds + weight * (detail - odds)
-        odds = odds + weight * (3 if prompt.good >= FEW else 1) * sum(novel)
+        if detail is not None and prompt.usual < math.inf:
+            # how much farther from the background than the marked image's own background is
+            far = (1.01 - m.best_bg).clamp_min(0.01).log() - math.log(0.01 + prompt.usual)
+            far = far.clamp(-2, 2).unflatten(1, grid)[None]
+            parts["novelty"] = F.interpolate(far, size=size, mode="bilinear")[0, 0]
+            trust = 6 * math.sqrt(weight) if prompt.good >= FEW else 3 * weight
+            odds = odds + trust * parts["novelty"]
     return parts | {"icas": odds}
 
 
@@ -1549,6 +1533,8 @@ def segment(images: Any, references: References | Prepared | None = None, *,
     def find(image: EncodedImage) -> Segmentation:
         used = ready
         if interactive:   # its own marks join the references, as a prompt of the label "defect"
+            if ready.model.config.detail:
+                ready.model.look_closer(image.features)   # once, for all clicks
             sides = mark_sides(image.shape, points, point_labels, boxes, mask)
             for look in range(1 if points is None else 2):
                 if look:   # clicks say nothing of a defect's size: half of the detail at first
@@ -1637,10 +1623,11 @@ class GoodParts(NamedTuple):
 
 
 def detect_levels(model: ICAS, features: Features) -> dict[str, tuple[Tensor, tuple[int, int]]]:
-    """Name -> unit tokens (1, T, D), grid: matched blocks, and the detail at strides 8 and 16."""
-    c, tokens, grid = model.config, model.tokens(features.maps), features.maps.shape[-2:]
-    found = {f"block {b}": (tokens[c.blocks.index(b)], grid) for b in c.matched}
-    if features.detail is not None:
+    """Name -> unit tokens (1, T, D), grid: tapped blocks, and the detail at strides 8 and 16."""
+    names = [f"block {block}" for block in model.config.blocks]
+    found = {name: (tokens, features.maps.shape[-2:])
+             for name, tokens in zip(names, model.tokens(features.maps))}
+    if model.config.detail:
         found["detail"] = unit_tokens(features.detail[:, 24:]), features.detail.shape[-2:]
     return found
 
@@ -1656,7 +1643,8 @@ def learn_good(model: ICAS, shots: Sequence[Shot]) -> GoodParts:
     pieces, most = 2 if len({shot.image for shot in shots}) == 1 else 1, max(16, CAP // len(shots))
     parts: dict[tuple, list] = {}   # part -> (each level's kept tokens; if it lies, all) a view
     for shot in shots:
-        levels = [t for t, _ in detect_levels(model, shot.features(model.device)).values()]
+        features = shot.features.to(model.device, torch.float32)
+        levels = [t for t, _ in detect_levels(model, features).values()]
         kept = [thin(t, t.new_zeros(2, t.shape[1]), shot.turn, most)[0] for t in levels]
         for i in range(pieces):
             view = [[t.tensor_split(pieces, dim=1)[i] for t in tokens]
@@ -1793,7 +1781,7 @@ def save(model: ICAS, path: str | os.PathLike, training: dict | None = None) -> 
     check(model.decoder, "model: has no decoder to save; make one with ICAS(Config(...))")
     tensors = {k.replace("_orig_mod.", ""): v.half().contiguous().cpu()
                for k, v in model.decoder.state_dict().items()}
-    write_file(path, tensors, {"format": "icas-2", "config": json.dumps(asdict(model.config)),
+    write_file(path, tensors, {"format": "icas-3", "config": json.dumps(asdict(model.config)),
                                "encoder_sha256": model.encoder_sha256, "version": __version__,
                                "training": json.dumps(training or {})})
 
@@ -1816,7 +1804,7 @@ def load(path: str | os.PathLike | None = None, *, encoder: str | os.PathLike | 
         own = shipped_path()
     found = sha256(encoder) if encoder is not None and Path(encoder).is_file() else ""
     if path is None and encoder is not None and not (
-            own and read_file(own, "path", "icas-2")[1].get("encoder_sha256") == found):
+            own and read_file(own, "path", "icas-3")[1].get("encoder_sha256") == found):
         state, name = convert(encoder), repr(os.fspath(encoder))
         config = Config(encoder_name(state, os.fspath(encoder)))
         model = finish(start(state, found, config, False, f"encoder {name}"), device, compile)
@@ -1824,7 +1812,7 @@ def load(path: str | os.PathLike | None = None, *, encoder: str | os.PathLike | 
                       "needs no decoder); train.py --encoder trains one", stacklevel=3)
         return model   # stacklevel 3: over the decorator's frame
     path = path or own or shipped_path()
-    tensors, meta = read_file(path, "path", "icas-2")
+    tensors, meta = read_file(path, "path", "icas-3")
     try:
         config = Config(**json.loads(meta["config"]))
     except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -21,10 +21,9 @@ import os
 import sys
 import time
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Iterable, Iterator, NamedTuple, Sequence
+from typing import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -33,10 +32,11 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
+import evaluate
 import icas
-from data_prep.manifest import check_sizes, choose, group, read_pixels
-from data_prep.views import (FreshSynthetic, FreshViews, Rng, View, encode, group_by, rank,
-                             record_names, world)
+from data_prep.episodes import Store, plan, read_sources
+from data_prep.manifest import check_sizes, choose
+from data_prep.views import FreshSynthetic, FreshViews, Rng, View, encode, rank, world
 
 
 # ---- Pairs of a reference and a target (Sec. 3.3) ------------------------------------------------
@@ -72,15 +72,17 @@ class Pairs:
         source = self.sources[int(rng.choice(len(self.sources), p=self.weights))]
         number = np.searchsorted(source.often[:-1], rng.random() * source.often[-1], side="right")
         label, entries = list(source.by_label.items())[number]
-        target = entries[rng.integers(len(entries))]
+        target, mode = entries[rng.integers(len(entries))], rng.random()
+        good = source.good.get(source.index[target].get("category", ""), [])
+        good = source.another(good, target, rng) if self.args.stage == "anomaly" else None
         alike, other = source.views_of(target, label), source.another(entries, target, rng)
         same = alike and (other is None or rng.random() < self.args.same_image)
         reference = int(rng.choice(alike)) if same else other
-        mode, seen = rng.random(), source.view(target, rng, label)
+        if good is not None and rng.random() < self.args.good_targets:   # nothing to be found
+            target, reference, mode = good, target, 1.0
+        seen = source.view(target, rng, label * (label in source.shown[target]))
         wanted = {seen.names[label]} if label in seen.names else set()
         if self.args.stage == "anomaly" and mode < 0.15:   # a good part; all defects are wanted
-            good = source.good.get(source.index[target].get("category", ""), [])
-            good = source.another(good, target, rng)
             shown = reference if good is None else good    # or what is unmarked of a bad one
             view = seen if shown is None else source.view(shown, rng)
             prompt = [(view, torch.zeros(view.labels.shape), (view.labels == 0).float())]
@@ -93,10 +95,10 @@ class Pairs:
             if reference is not None:
                 chosen = self.prompt(source, reference, label, shots, target, rng)
                 views = [source.view(i, rng, label) for i in chosen]
-            marks = [(v.labels == v.names.get(label, -1)).float() for v in views]
+            marks = [(v.labels.int() == v.names.get(label, -1)).float() for v in views]
             prompt = [(v, m, 1 - m) for v, m in zip(views, marks)]
-        return sides(prompt, shots) | {
-            "target": seen, "truths": segments(seen, wanted),
+        return sides(prompt, shots, self.model.config) | {
+            "target": seen, "truths": segments(seen, wanted, self.model.config),
             "hidden": torch.tensor(float(rng.random() < self.args.hide_features))}
 
     def prompt(self, source: FreshViews, reference: int, label: str, shots: int, target: int,
@@ -107,22 +109,22 @@ class Pairs:
         return [reference, *(int(i) for i in rng.permutation(more)[:shots - 1])]
 
 
-def sides(shown: Sequence[tuple[View, Tensor, Tensor]], shots: int) -> dict:
-    """What a pair says of its prompt: views, and token shares of the two sides.
+def sides(shown: Sequence[tuple[View, Tensor, Tensor]], shots: int, config: icas.Config) -> dict:
+    """What a pair says of its prompt: views, and the shares of the two sides on either grid.
 
     shown  (view, foreground, background) with (S, S) masks. Of all but the first the background is
            thinned, as of turned copies. Fewer than `shots`: the last again, with shares of 0.
     """
-    grid, shares = shown[0][0].small.shape[-1] // 8, []
+    side, shares = shown[0][1].shape[-1], ([], [])
     for turn, (_, *both) in enumerate(shown):
-        share = icas.token_share(torch.stack(both), grid, grid)
-        if not both[0].any():
-            share[1] = (share[1] > 0.999).float()
-        shares.append(share * icas.kept_tokens(share[0], turn).view(grid, grid))
+        for n, kept in zip((side // config.patch_size, side // 8), shares):
+            share = icas.token_share(torch.stack(both), n, n)
+            if not both[0].any():
+                share[1] = (share[1] > 0.999).float()
+            kept.append(share * icas.kept_tokens(share[0], turn).view(n, n))
     empty = shots - len(shown)
-    shares = torch.stack(shares + [torch.zeros_like(shares[0])] * empty)
     return {"reference": [view for view, _, _ in shown] + [shown[-1][0]] * empty,
-            "foreground": shares[:, 0], "background": shares[:, 1]}
+            "sides": [torch.stack(kept + [torch.zeros_like(kept[0])] * empty) for kept in shares]}
 
 
 def clicks(inside: np.ndarray, count: int, rng: Rng) -> Tensor:
@@ -132,13 +134,13 @@ def clicks(inside: np.ndarray, count: int, rng: Rng) -> Tensor:
     return icas.disks([(float(x[i]), float(y[i])) for i in chosen], *inside.shape)
 
 
-def segments(seen: View, wanted: set[int]) -> icas.Truths:
+def segments(seen: View, wanted: set[int], config: icas.Config) -> icas.Truths:
     """Truths of one target: the prompted label, up to 12 other labels, the unlabelled rest."""
     present = set(seen.labels.unique().tolist())
     groups = [sorted(wanted & present)] if wanted & present else []
     groups, prompted = groups + [[v] for v in sorted(present - wanted)][:12], len(groups)
     masks = torch.stack([torch.isin(seen.labels, torch.tensor(g)) for g in groups]).float()
-    masks = F.adaptive_avg_pool2d(masks, seen.small.shape[-1] // 2)
+    masks = F.adaptive_avg_pool2d(masks, 4 * (masks.shape[-1] // config.patch_size))
     return icas.Truths(masks, torch.tensor([0] * prompted + [1] * (len(groups) - prompted)))
 
 
@@ -148,63 +150,41 @@ def collate(pairs: list[dict], model: icas.ICAS) -> icas.Batch:
 
     def stack(values: Iterable[Tensor]) -> Tensor:
         return torch.stack(list(values)).to(model.device)
-    fresh = views[0].features is None
-    maps = encode(model, views) if fresh else stack(v.features for v in views).float()
-    return icas.Batch(
-        icas.Features(maps[:len(pairs)], stack(v.small for v in views[:len(pairs)]) / 255),
-        maps[len(pairs):].unflatten(0, (len(pairs), -1)),
-        *(stack(p[k] for p in pairs) for k in ("foreground", "background", "hidden")),
-        [icas.Truths(*(x.to(model.device) for x in p["truths"])) for p in pairs])
+    if views[0].maps is None:
+        found = encode(model, views)
+        maps, detail = found.maps, found.detail
+    else:
+        maps, detail = (None if view[0] is None else stack(view).float()
+                        for view in (([v.maps for v in views]), [v.detail for v in views]))
+    cut = [None if x is None else x.tensor_split([len(pairs)]) for x in (maps, detail)]
+    target, reference = (icas.Features(*(x and x[i] for x in cut)) for i in (0, 1))
+    sides = [stack(side) for side in zip(*(p["sides"] for p in pairs))]
+    return icas.Batch(target, reference, sides, stack(p["hidden"] for p in pairs),
+                      [icas.Truths(*(x.to(model.device) for x in p["truths"])) for p in pairs])
 
 
 # ---- Validation on sets that are not trained on --------------------------------------------------
 
 
-class Episode(NamedTuple):
-    """One prompt, and what it is to find in other items."""
-    label: tuple[str, str]                                # set, label
-    prompt: icas.References                               # a marked image in its eight turns
-    targets: list[tuple[icas.EncodedImage, np.ndarray]]   # each with its (h, w) bool truth
+Held = list[tuple[Store, dict]]   # images of a set, and who prompts and who is tested
 
 
-def held_out(model: icas.ICAS, manifest: str, workers: int, prompts: int = 4) -> list[Episode]:
-    """`prompts` episodes of each label that two items show, encoded; the same at every call."""
-    records, episodes = [r for r in choose(manifest, 300, 1, seed=1) if "mask" in r], []
-    check_sizes(records, workers)
-    shown, groups = [record_names(r) for r in records], [group(r) for r in records]
-    table = group_by((name, i) for i, names in enumerate(shown) for name in names)
-    table = {k: v for k, v in table.items() if len({groups[i] for i in v}) > 1}
-    if not table:
-        raise ValueError(f"--validate: no label is in two images of different groups: {manifest}")
-    for label, entries in table.items():
-        def marked(i: int) -> tuple[np.ndarray, np.ndarray]:
-            image, labels = read_pixels(records[i])
-            return image.numpy(), (labels == shown[i][label]).numpy()
-        rng = np.random.default_rng([1, zlib.crc32(label.encode())])
-        for i in rng.permutation(entries)[:prompts]:
-            prompt = icas.encode([(*marked(i), label)], model=model)
-            others = [j for j in rng.permutation(entries) if groups[j] != groups[i]][:4]
-            targets = [(icas.encode_image(image, model=model), truth)
-                       for image, truth in map(marked, others)]
-            episodes.append(Episode((records[i]["set"], label), prompt, targets))
-    return episodes
+def held_out(model: icas.ICAS, manifests: Sequence[str]) -> Held:
+    """Of each label two episodes: a marked image, and 12 others to find it in."""
+    found = []
+    for records in read_sources(manifests, loud=rank() == 0).values():
+        store = Store(model, records)
+        for episode in plan("semantic", records, seeds=2, good=False):
+            few = episode["tests"][::-(-len(episode["tests"]) // 12)]
+            found.append((store, episode | {"tests": few}))
+    return found
 
 
-def validate(model: icas.ICAS, episodes: Sequence[Episode]) -> dict[str, float]:
-    """Mean IoU in percent, pooled over the episodes of each label, of what the whole score, each of
-    the decoder's two and the nearest patch finds likelier than not."""
-    rows = ("icas", "S_s", "S_s mfm", f"block {model.config.matched[-1]} nearest")
-    counts: dict[tuple, np.ndarray] = {}   # (rows, 2): pixels of the intersection, of the union
-    for episode in episodes:
-        ready = icas.prepare(episode.prompt, model=model)   # anew: the decoder has changed
-        count = counts.setdefault(episode.label, np.zeros((len(rows), 2)))
-        for image, truth in episode.targets:
-            parts = icas.segment(image, ready, parts=True, model=model).parts
-            for row, name in enumerate(rows):
-                found = parts[name] > 0
-                count[row] += (found & truth).sum(), (found | truth).sum()
-    each = [100 * count[:, 0] / count[:, 1].clip(1) for count in counts.values()]
-    return dict(zip(rows, np.mean(each, axis=0).tolist()))
+def validate(held: Held) -> dict[str, float]:
+    """Mean IoU in percent of what each part and the whole find likelier than not."""
+    rows = [evaluate.metrics(evaluate.score(store, episode, peers=False), episode, store.records)
+            for store, episode in held]
+    return {method: float(np.mean([row[method]["iou"] for row in rows])) for method in rows[0]}
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -223,7 +203,7 @@ def parser() -> argparse.ArgumentParser:
         add(name, type=type(default), default=default, help=f"{text} (default {default})")
     add("--stage", choices=["generic", "anomaly"], required=True, help="photographs, then defects")
     add("--out", required=True, help="folder for last.safetensors, best.safetensors, log.jsonl")
-    add("--dry-run", action="store_true", help="check the data, print recipe, counts and memory")
+    add("--dry-run", action="store_true", help="check the data, print recipe and counts")
     add = parser.add_argument_group("data").add_argument
     add("--data", nargs="+", required=True, help="manifests, or folders that hold one")
     add("--weights", nargs="+", type=float, help="how often each is drawn from, then the synthetic")
@@ -239,7 +219,6 @@ def parser() -> argparse.ArgumentParser:
     add("--init", help="checkpoint to start from")
     add("--encoder", help="frozen DINOv2 of any size (default: shipped, or the one beside --init)")
     add("--blocks", nargs="*", type=int, default=[], help="tapped blocks, from 1 (default: two)")
-    add("--matched", nargs="*", type=int, default=[], help="those that are matched (default: all)")
     add("--detail", action=switch, default=True, help="match on the maps of a small CNN too")
     add("--gqs", action=switch, default=True, help="greedy query selection, or learned queries")
     add("--correspondence", action=switch, default=True, help="show the decoder what matching says")
@@ -252,6 +231,7 @@ def parser() -> argparse.ArgumentParser:
     number("--accumulate", 1, "micro-batches that a rank's pairs are cut into")
     number("--lr", 1e-4, "peak learning rate of AdamW")
     number("--hide-features", 0.0, "share of pairs whose raw features the decoder does not see")
+    number("--good-targets", 0.25, "share of targets that show nothing of what is marked (anomaly)")
     number("--same-image", 0.5, "share of marked prompts that are a view of the target's image")
     number("--shots", 1, "views of a prompt at most, drawn for each step")
     number("--seed", 0, "of weights, views and pairs")
@@ -276,7 +256,7 @@ def start_model(args: argparse.Namespace) -> icas.ICAS:
     encoder = args.encoder or icas.find_shipped("vits14-saliency.safetensors")
     state, shape = icas.convert(encoder), {name: getattr(args, name) for name in SHAPE}
     config = icas.Config(icas.encoder_name(state, os.fspath(encoder)), blocks=args.blocks,
-                         matched=args.matched, detail=args.detail, learned_queries=not args.gqs,
+                         detail=args.detail, learned_queries=not args.gqs,
                          correspondence=args.correspondence, **shape)
     torch.manual_seed(args.seed)
     return icas.finish(icas.start(state, icas.sha256(encoder), config), device, compiled)
@@ -332,7 +312,7 @@ class Run:
         self.args, self.out = args, Path(args.out)
         views = args.views if args.views is not None else 2 * bool(args.cache)
         least = {"batch_size": world(), "accumulate": 1, "shots": 1, "validate_every": 1,
-                 "log_every": 1, "same_image": 0, "hide_features": 0}
+                 "log_every": 1, "same_image": 0, "hide_features": 0, "good_targets": 0}
         for name, low in least.items():
             check_range(name, getattr(args, name), low, math.inf if low else 1)
         check_range("views", views, 1 if args.cache else 0, math.inf)
@@ -341,21 +321,19 @@ class Run:
             raise ValueError(f"--validate: {min(map(str, data & held))} is trained on too")
         self.check_out()
         self.model, views = start_model(args), 0 if args.dry_run else views
-        shape = self.model.config.image_size, self.model.config.patch_size
+        size = self.model.config.image_size
         drawn, sources = (views, args.seed, args.strong_augmentation), []
         for manifest in args.data:
             path, records = Path(manifest), choose(manifest, args.images, args.good, args.seed)
             name = (path.parent if path.suffix else path).resolve().name
             check_sizes(records, args.workers)
-            sources.append(FreshViews(name, records, *shape, args.stage == "anomaly", *drawn))
+            sources.append(FreshViews(name, records, size, args.stage == "anomaly", *drawn))
         if args.synthetic:
-            sources.append(FreshSynthetic(args.data, args.synthetic, *shape, *drawn))
+            sources.append(FreshSynthetic(args.data, args.synthetic, size, *drawn))
         weights, names = args.weights or [1.0] * len(sources), [source.name for source in sources]
         if len(weights) != len(sources) or min(weights) < 0 or not sum(weights):
             raise ValueError(f"--weights: expected one number for each of {names}, got {weights}")
-        prompts = 0 if args.dry_run else 4
-        self.validation = [episode for manifest in args.validate for episode in
-                           held_out(self.model, manifest, args.workers, prompts)]
+        self.held = held_out(self.model, args.validate)
         for source in sources:
             if args.cache and not args.dry_run:
                 source.keep(args.cache, self.model, args.workers)
@@ -375,7 +353,7 @@ class Run:
             raise ValueError(f"{self.out}: holds a run with other arguments; give another --out")
 
     def describe(self) -> None:
-        """The resolved recipe, the data, and how much memory a step takes about."""
+        """The resolved recipe and the data."""
         args, model = self.args, self.model
         trained = sum(p.numel() for p in model.decoder.parameters())
         lines = [f"{args.stage}: {self.steps} steps, {args.batch_size} pairs, ranks {world()}, "
@@ -385,8 +363,7 @@ class Run:
                  f"target's image; features hidden in {100 * args.hide_features:g} % of pairs; "
                  f"{'strong' if args.strong_augmentation else 'mild'} augmentation",
                  f"{trained / 1e6:.1f} M weights of {model.config}, from {args.init or 'scratch'}; "
-                 f"{model.device}, {'bf16' if icas.fast_bf16(model.device) else 'float32'}, about "
-                 f"{self.memory(trained) / 2 ** 30:.1f} GiB a rank"]
+                 f"{model.device}, {'bf16' if icas.fast_bf16(model.device) else 'float32'}"]
         for source, weight in zip(self.pairs.sources, self.pairs.weights):
             many = sorted(source.by_label.items(), key=lambda item: -len(item[1]))
             labels = ", ".join(f"{len(v)} {k}" for k, v in many[:6]) + ", ..." * (len(many) > 6)
@@ -398,17 +375,6 @@ class Run:
                 lines.append(f"    {len(alone)} labels in one image only, as {alone[0]!r}: their "
                              "pairs are two views of it")
         print("\n".join(lines), file=sys.stdout if args.dry_run else sys.stderr)
-
-    def memory(self, trained: int) -> float:
-        """Bytes of one rank, roughly: weights, gradients and moments, and what backward keeps."""
-        c, whole = self.model.config, sum(p.numel() for p in self.model.parameters())
-        width = self.model.encoder.cls_token.shape[-1]
-        a_token = (2 * width * len(c.blocks) + 4 * c.queries * c.layers
-                   + 16 * (c.pixel_dim + 4 * c.relation_dim))
-        pairs = -(-self.args.batch_size // world() // self.args.accumulate)
-        tokens = pairs * (c.image_size // c.patch_size) ** 2
-        # 3.5: measured on a CPU at 252 and 392 px; backward keeps about so many copies
-        return 4 * (whole + 3 * trained + 3.5 * tokens * a_token)
 
     def train(self) -> None:
         """Train, and write OUT/last.safetensors."""
@@ -429,7 +395,7 @@ class Run:
             icas.write_lines(log, lines)
         self.clock = self.saved = time.time()
         icas.fit(self.model, self.pairs, steps=self.steps, lr=self.args.lr, seed=self.args.seed,
-                 start=begin, optimizer=optimizer, callback=None if rank() else self.after)
+                 start=begin, optimizer=optimizer, callback=self.after)
         if rank() == 0:
             icas.save(self.model, self.out / "last.safetensors", {"arguments": vars(self.args)})
 
@@ -440,9 +406,9 @@ class Run:
         if done % args.log_every == 0 or last:
             self.report(done, optimizer.param_groups[0]["lr"])
         began = time.time()
-        if self.validation and (done % args.validate_every == 0 or last):
-            self.measure(done)
-        if time.time() - self.saved > 60 * args.save_minutes and not last:
+        if self.held and (done % args.validate_every == 0 or last):
+            self.measure(done)   # all ranks together
+        if rank() == 0 and time.time() - self.saved > 60 * args.save_minutes and not last:
             write_state(self.out / "state.pt", {
                 "decoder": self.model.decoder.state_dict(), "optimizer": optimizer.state_dict(),
                 "step": done, "best": self.best})
@@ -455,9 +421,9 @@ class Run:
         whole = time.time() - self.clock
         seconds, share = whole / len(self.recent), self.pairs.waited / whole
         images, left = 2 * self.args.batch_size / seconds, seconds * (self.steps - done) / 60
-        say(f"step {done:>6}/{self.steps} | loss {mean['loss']:.4f} ({losses}) | lr {rate:.1e} | "
-            f"{1000 * seconds:.0f} ms, loader {100 * share:.0f} % | {images:.1f} images/s | "
-            f"{left:.0f} min left")
+        self.say(f"step {done:>6}/{self.steps} | loss {mean['loss']:.4f} ({losses}) | lr {rate:.1e}"
+                 f" | {1000 * seconds:.0f} ms, loader {100 * share:.0f} % | {images:.1f} images/s |"
+                 f" {left:.0f} min left")
         self.log({"step": done, "lr": rate, "seconds_a_step": seconds, "loader_share": share,
                   "images_a_second": images, "minutes_left": left} | mean)
         self.clock, self.pairs.waited, self.recent = time.time(), 0.0, []
@@ -465,18 +431,24 @@ class Run:
     def measure(self, done: int) -> None:
         """Validate; the best by S_s mfm, which training changes most, is kept."""
         self.model.decoder.eval()
-        found = validate(self.model, self.validation)
+        found = validate(self.held)
         self.model.decoder.train()
         rows = ", ".join(f"{name} {value:.1f}" for name, value in found.items())
-        say(f"step {done:>6}/{self.steps} | mean IoU {rows}")
+        self.say(f"step {done:>6}/{self.steps} | mean IoU {rows}")
         self.log({"step": done, "validation": found})
-        if found["S_s mfm"] > self.best:
+        if rank() == 0 and found["S_s mfm"] > self.best:
             with unless_full("best.safetensors"):
                 icas.save(self.model, self.out / "best.safetensors",
                           {"arguments": vars(self.args), "step": done, "validation": found})
                 self.best = found["S_s mfm"]
 
+    def say(self, text: str) -> None:
+        if rank() == 0:
+            say(text)
+
     def log(self, line: dict) -> None:
+        if rank():
+            return
         with unless_full("log.jsonl"), open(self.out / "log.jsonl", "a") as log:
             log.write(json.dumps(line) + "\n")
 

@@ -19,7 +19,7 @@ def augment(image: Tensor, labels: Tensor, size: int, rng: np.random.Generator, 
     returns (3, size, size) in [0, 1] and (size, size).
     """
     if strong:
-        image, labels = crop_or_mirror(image, labels, rng)
+        image, labels = crop_or_mirror(image, labels, size, rng)
     else:
         image, labels = jitter(image, labels, size, rng)
     if rng.random() < 0.5:
@@ -70,10 +70,21 @@ def lay(picture: Tensor, canvas: Tensor, y: int, x: int) -> Tensor:
     return canvas
 
 
-def crop_or_mirror(image: Tensor, labels: Tensor, rng: np.random.Generator,
+def clean_crop(image: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """The largest of 30 random squares that show nothing marked; all, if there is none."""
+    best, (h, w) = None, labels.shape
+    for side in sorted((min(h, w) * np.exp(rng.uniform(np.log(0.2), 0, 30))).astype(int))[::-1]:
+        y, x = rng.integers(h - side + 1), rng.integers(w - side + 1)
+        if best is None and side >= 1 and not labels[y:y + side, x:x + side].any():
+            best = slice(y, y + side), slice(x, x + side)
+    return (image, labels) if best is None else (image[:, best[0], best[1]], labels[best])
+
+
+def crop_or_mirror(image: Tensor, labels: Tensor, size: int, rng: np.random.Generator,
                    ) -> tuple[Tensor, Tensor]:
-    """A crop of 0.45 of the shorter side or more, or all; one in five zoomed out before, to 0.4 at
-    least: mirrored copies fill the frame."""
+    """A crop of 0.45 of the shorter side or more, of pictures larger than `size` down to 0.25, or
+    all; one in five zoomed out before, to 0.4 at least: mirrored copies fill the frame."""
+    least = np.clip(0.5 * size / min(labels.shape), 0.25, 0.45)
     h, w = labels.shape
     if rng.random() < 0.2:
         pad_y, pad_x = (min(n - 1, round(n * rng.uniform(0.1, 0.75))) for n in (h, w))
@@ -82,8 +93,9 @@ def crop_or_mirror(image: Tensor, labels: Tensor, rng: np.random.Generator,
         labels = F.pad(labels[None, None].float(), pad, mode="reflect")[0, 0].byte()
         h, w = labels.shape
     for attempt in range(10):
-        side, aspect = min(h, w) * rng.uniform(0.45, 1.0), np.exp(rng.uniform(-0.2, 0.2))
-        ch, cw = min(h, round(side * aspect)), min(w, round(side / aspect))
+        side, aspect = np.exp([rng.uniform(np.log(least), 0), rng.uniform(-0.2, 0.2)])
+        side *= min(h, w)
+        ch, cw = (max(1, min(n, round(x))) for n, x in ((h, side * aspect), (w, side / aspect)))
         if rng.random() < 0.3 or attempt == 9:
             ch, cw = h, w
         y, x = rng.integers(h - ch + 1), rng.integers(w - cw + 1)

@@ -11,7 +11,6 @@ from typing import Iterable, NamedTuple, Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 import icas
 
-from .augment import SyntheticDefect, augment
+from .augment import SyntheticDefect, augment, clean_crop
 from .manifest import (by_category, group, in_box, named, read_labels, read_manifest,
                        read_record)
 
@@ -28,11 +27,11 @@ Rng = np.random.Generator
 
 class View(NamedTuple):
     """One augmented image: its features, or the pixels they are still to be made from."""
-    features: Tensor | None   # (blocks * D, H0, W0) float16
     pixels: Tensor | None     # (3, S, S) in [0, 1]
-    small: Tensor             # (3, 8 H0, 8 W0) uint8
     labels: Tensor            # (S, S) uint8
     names: dict[str, int]     # label -> value that is present
+    maps: Tensor | None = None     # (blocks * D, H0, W0) float16
+    detail: Tensor | None = None   # (280, H1, W1) float16; without detail None
 
 
 def shown_names(names: dict[str, str], labels: np.ndarray | Tensor) -> dict[str, int]:
@@ -63,58 +62,62 @@ def world() -> int:
 
 
 @torch.no_grad()
-def encode(model: icas.ICAS, views: Sequence[View]) -> Tensor:
-    """(N, blocks * D, H0, W0) float32, without the detail maps: the decoder does not read them."""
-    images = torch.stack([v.pixels for v in views]).to(model.device)
-    with model.autocast():
-        return torch.cat(model.encoder(images, model.config.blocks), dim=1).float()
+def encode(model: icas.ICAS, views: Sequence[View]) -> icas.Features:
+    return model.describe(torch.stack([v.pixels for v in views]).to(model.device))
 
 
 class FreshViews:
     """Views of a manifest's images: each draw a new one, or with `views` so many an image, each a
-    function of the seed and its number, which `keep` can keep."""
+    function of the seed and its number, which `keep` can keep. With `anomaly` pictures may be
+    turned, and one more view of each marked one shows what is not marked."""
 
-    def __init__(self, name: str, records: list[dict], size: int, patch: int, turns: bool,
+    def __init__(self, name: str, records: list[dict], size: int, anomaly: bool,
                  views: int = 0, seed: int = 0, strong: bool = False):
-        self.name, self.size, self.grid, self.seed = name, size, size // patch, seed
-        self.turns, self.strong, self.fixed, self.folder = turns, strong, views > 0, None
+        self.name, self.size, self.seed, self.turns = name, size, seed, anomaly
+        self.strong, self.fixed, self.folder = strong, views > 0, None
         self.records = [r for r in records for _ in range(max(1, views))]
+        self.records += [r | {"clean": True} for r in records if anomaly and "mask" in r]
         self.index = [{"names": by_category(r), "group": group(r), "image": r["image"],
-                       "category": r.get("category", "")} for r in self.records]
+                       "category": r.get("category", ""), "clean": "clean" in r}
+                      for r in self.records]
         self.trusted = not self.fixed and len(records) > 5000   # without a look at every mask
-        self.recipe = [views, seed, size, turns, strong,   # decides what `keep` keeps
+        self.recipe = [views, seed, size, anomaly, strong,   # decides what `keep` keeps
                        [[Path(r["image"]).name, named(r), r.get("box")] for r in records]]
 
     def draw(self, i: int, rng: Rng | None) -> tuple[Tensor, Tensor]:
         """(3, S, S) pixels and (S, S) labels of entry i."""
         rng = rng or np.random.default_rng([self.seed, i])
-        return augment(*read_record(self.records[i]), self.size, rng, self.turns, self.strong)
+        seen = read_record(self.records[i])
+        seen = clean_crop(*seen, rng) if self.index[i]["clean"] else seen
+        return augment(*seen, self.size, rng, self.turns, self.strong)
 
     def view(self, i: int, rng: Rng | None = None, label: str = "") -> View:
         """View i; a fresh one is drawn again, up to five times, until it shows the label."""
         names = self.index[i]["names"]
         if self.folder:
-            features, small, labels = self.kept(i, "features", "small", "labels")
-            return View(features, None, small, labels, shown_names(names, labels))
+            labels, *features = self.kept(i, "labels", "maps", "detail")
+            return View(None, labels, shown_names(names, labels), *features)
         for _ in range(5):
             pixels, labels = self.draw(i, None if self.fixed else rng)
             shown = shown_names(names, labels)
             if self.fixed or not label or label in shown:
                 break
-        small = F.interpolate(pixels[None], (8 * self.grid,) * 2, mode="bilinear", antialias=True)
-        return View(None, pixels, (255 * small[0]).round().byte(), labels, shown)
+        return View(pixels, labels, shown)
 
     def kept(self, i: int, *names: str) -> list[Tensor]:
         with safe_open(self.folder / f"{i}.safetensors", "pt") as file:
-            return [file.get_tensor(name) for name in names]
+            return [file.get_tensor(name) for name in names if name in file.keys()]
 
     def names(self, i: int) -> dict[str, int]:
         """label -> value, of those that entry i shows."""
         if self.trusted:
-            return {name: int(value) for value, name in self.index[i]["names"].items()}
+            names = {} if self.index[i]["clean"] else self.index[i]["names"]
+            return {name: int(value) for value, name in names.items()}
         if self.folder:
             return shown_names(self.index[i]["names"], *self.kept(i, "labels"))
-        return self.view(i).names if self.fixed else record_names(self.records[i])
+        if self.fixed:
+            return self.view(i).names
+        return {} if self.index[i]["clean"] else record_names(self.records[i])
 
     def sort(self, workers: int) -> None:
         """Find entries by what they show, for pairs."""
@@ -127,7 +130,7 @@ class FreshViews:
                        for k, some in self.by_label.items()}
         self.often = np.cumsum(np.sqrt([len(entries) for entries in self.by_label.values()]))
         records = list(enumerate(self.index))
-        self.good = group_by((r.get("category", ""), i) for i, r in records if not r["names"])
+        self.good = group_by((r.get("category", ""), i) for i, r in records if not self.shown[i])
         self.alike = group_by((r["image"], i) for i, r in records)
 
     def views_of(self, entry: int, label: str) -> list[int]:
@@ -149,7 +152,7 @@ class FreshViews:
     def keep(self, cache: str, model: icas.ICAS, workers: int) -> None:
         """Encode the views that are not in the cache yet, and read all from there. Each is a file,
         whole or not there, in a folder named after what decides it; ranks share the work."""
-        made = json.dumps([self.recipe, model.encoder_sha256, model.config.blocks]).encode()
+        made = json.dumps([self.recipe, model.kind]).encode()
         folder = Path(cache, f"{self.name}-{hashlib.sha256(made).hexdigest()[:12]}")
         folder.mkdir(parents=True, exist_ok=True)
         missing = [i for i in range(rank(), len(self.index), world())
@@ -157,8 +160,10 @@ class FreshViews:
         with ThreadPoolExecutor(max(1, workers)) as pool:
             for n in tqdm(range(0, len(missing), 16), self.name, disable=not sys.stderr.isatty()):
                 views = list(pool.map(self.view, missing[n:n + 16]))
-                for i, view, maps in zip(missing[n:], views, encode(model, views).half().cpu()):
-                    tensors = {"features": maps, "small": view.small, "labels": view.labels}
+                made = [(name, x.half().cpu()) for name, x in vars(encode(model, views)).items()
+                        if x is not None]
+                for j, (i, view) in enumerate(zip(missing[n:], views)):
+                    tensors = {"labels": view.labels} | {name: x[j] for name, x in made}
                     part = folder / f"{i}.part"
                     save_file({name: x.contiguous() for name, x in tensors.items()}, part)
                     part.replace(part.with_suffix(".safetensors"))
@@ -169,18 +174,20 @@ class FreshViews:
 
 class FreshSynthetic(FreshViews):
     """Synthetic defects painted on surfaces drawn from all manifests alike: two entries a kind,
-    each draw of them new, or with `views` three times as many that stay the same."""
+    each draw of them new, or with `views` three times as many that stay the same; and one of the
+    surface alone."""
 
-    def __init__(self, manifests: Sequence[str], kinds: int, size: int, patch: int, views: int = 0,
+    def __init__(self, manifests: Sequence[str], kinds: int, size: int, views: int = 0,
                  seed: int = 0, strong: bool = False):
-        super().__init__("synthetic", [], size, patch, True, views, seed, strong)
+        super().__init__("synthetic", [], size, True, views, seed, strong)
         self.entries, self.trusted = 3 * views or 2, not self.fixed
         self.pools = [[r for r in read_manifest(m, limit=100_000) if not r.get("anomalous")]
                       for m in manifests]
         self.defects = [SyntheticDefect.draw(np.random.default_rng([seed, k]))
                         for k in range(kinds)]
-        self.index = [{"names": {"1": f"{d.kind}_{k}"}, "group": f"{k}_{j}", "image": f"{k}_{j}"}
-                      for k, d in enumerate(self.defects) for j in range(self.entries)]
+        self.index = [{"names": {"1": f"{d.kind}_{k}"}, "group": f"{k}_{j}", "image": f"{k}_{j}",
+                       "category": str(k), "clean": j == self.entries}
+                      for k, d in enumerate(self.defects) for j in range(self.entries + 1)]
         self.recipe += [kinds, [[Path(r["image"]).name for r in pool] for pool in self.pools]]
 
     def surface(self, source: Rng, rng: Rng) -> Tensor:
@@ -191,10 +198,12 @@ class FreshSynthetic(FreshViews):
 
     def draw(self, i: int, rng: Rng | None) -> tuple[Tensor, Tensor]:
         """A new defect of the entry's kind. Even kinds stay on one data set, as real ones do."""
-        kind, j = divmod(i, self.entries)
+        kind, j = divmod(i, self.entries + 1)
         rng = rng or np.random.default_rng([self.seed, kind, j])
         home = rng if kind % 2 else np.random.default_rng([self.seed, kind, 99])
         texture = np.random.default_rng(self.defects[kind].texture)
         base, foreign = self.surface(home, rng), self.surface(texture, texture)
+        if self.index[i]["clean"]:
+            return base, torch.zeros(base.shape[1:], dtype=torch.uint8)
         pixels, mask = self.defects[kind].paint(base, foreign, rng)
         return pixels, mask.byte()

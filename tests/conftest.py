@@ -11,7 +11,7 @@ import icas
 
 icas.ENCODERS["tiny14"] = (48, 4, 3)  # a real layout, small enough for random weights
 
-TINY = dict(encoder="tiny14", image_size=112, blocks=(2, 3, 4), matched=(3,), debias=4, queries=12,
+TINY = dict(encoder="tiny14", image_size=112, blocks=(2, 3, 4), debias=4, queries=12,
             dim=32, heads=4, layers=2, ffn_dim=64, pixel_dim=16, relation_dim=16)
 
 

@@ -431,7 +431,7 @@ def test_the_scripts_take_every_manifest(tmp_path):
         assert sum(bool(r["shows"]) for r in found) == masked
         labels = {label for _, _, m, _ in rows.values() for label in m}
         assert {label for r in found for label in r["shows"]} == labels
-        source = FreshViews(name, choose(out, 0, 0, 0), 28, 14, True)
+        source = FreshViews(name, choose(out, 0, 0, 0), 28, True)
         assert source.view(0, np.random.default_rng(0)).pixels.shape == (3, 28, 28)
 
 

@@ -129,7 +129,7 @@ def test_any_released_dinov2_detects_and_segments(states, name, layout, tmp_path
     marked = icas.encode([(IMAGE, MASK)], turns=False, model=model)
     found = icas.segment(255 - IMAGE, marked, parts=True, model=model)
     assert found.score.shape == (40, 40) and np.isfinite(found.score).all()
-    assert not {"S_s", "S_s mfm", "S_n", "S_n mfm", "relation net"} & set(found.parts)
+    assert not {"S_s", "S_s mfm", "S_n", "S_n mfm"} & set(found.parts)
 
 
 def tiny_file(path, seed=0, name="tiny14"):
@@ -157,7 +157,7 @@ def test_without_a_decoder_clicks_boxes_masks_and_good_parts_work_too(tmp_path):
 def test_matching_finds_the_marked_spot_of_the_picture_itself_again(tmp_path):
     model, _ = small(tiny_file(tmp_path / "a.pth"))
     score = icas.segment(IMAGE, anomalies=[(IMAGE, MASK)], model=model).score
-    assert score[12:18, 12:18].min() > 0.5 > score[:, 30:].max()
+    assert score[12:18, 12:18].min() > 0.4 and score[:, 30:].max() < 0.1
 
 
 def test_the_file_decides_which_references_fit(tmp_path):

@@ -30,6 +30,13 @@ def blob(h=40, w=40):
     return mask
 
 
+def half(h=40, w=40):
+    """More tokens than are matched at twice the side, as those of `blob` are."""
+    mask = np.zeros((h, w), dtype=bool)
+    mask[:, :w // 2] = True
+    return mask
+
+
 @pytest.fixture
 def references(tiny, rng):
     return icas.encode([(picture(rng), blob())], [picture(rng)], model=tiny)
@@ -82,7 +89,7 @@ def test_a_picture_of_forty_to_one_is_one_grid_and_serves_as_a_reference(tiny, r
     mask[shape[0] // 2, shape[1] // 2] = True
     image, long = picture(rng), icas.encode([(picture(rng, *shape), mask)], model=tiny)
     assert len(long) == 1 and len(long.shots) == 8
-    assert {s.maps.shape[-2:] for s in long.shots} == {(h0, w0), (w0, h0)}
+    assert {s.features.maps.shape[-2:] for s in long.shots} == {(h0, w0), (w0, h0)}
     assert np.isfinite(icas.segment(image, long, model=tiny).score).all()
     good = icas.encode(normals=[picture(rng, *shape)], model=tiny)
     assert np.isfinite(icas.detect(image, good, model=tiny).score)
@@ -138,7 +145,7 @@ def test_a_range_of_values_leaves_pictures_of_eight_bits_alone(tiny, rng, tmp_pa
     plain, ranged = (icas.encode([(image, blob())], [image], **how)
                      for how in ({"model": tiny}, deep))
     for a, b in zip(plain.shots, ranged.shots, strict=True):
-        assert torch.equal(a.maps, b.maps)
+        assert torch.equal(a.features.maps, b.features.maps)
     assert torch.equal(icas.encode_image(image, **deep).features.maps,
                        icas.encode_image(image, model=tiny).features.maps)
 
@@ -149,7 +156,7 @@ def test_sixteen_bits_are_encoded_with_their_range(tiny, rng):
     eight = icas.encode([(image, blob())], [image], model=tiny)
     sixteen = icas.encode([(deep, blob())], [deep], **how)
     for a, b in zip(eight.shots, sixteen.shots, strict=True):
-        assert torch.equal(a.maps, b.maps)
+        assert torch.equal(a.features.maps, b.features.maps)
     same(icas.segment(icas.encode_image(deep, **how), sixteen, model=tiny),
          icas.segment(image, eight, model=tiny))
 
@@ -249,7 +256,7 @@ def test_a_mask_of_one_pixel_is_a_prompt_like_any_other(tiny, rng):
     mask = np.zeros((130, 200), bool)
     mask[77, 31] = True
     references = icas.encode([(picture(rng, 130, 200), mask)], model=tiny)
-    assert all(s.sides[0].max() > 0 and s.fine_sides[0].max() > 0 for s in references.shots)
+    assert all(side[0].max() > 0 for s in references.shots for side in s.sides)
     elsewhere = icas.encode([(picture(rng, 130, 200), np.roll(mask, 60))], model=tiny)
     image = picture(rng)
     scores = [icas.segment(image, r, model=tiny).score for r in (references, elsewhere)]
@@ -294,8 +301,9 @@ def test_marks_on_a_large_picture_lie_where_they_lie_on_a_small_one(tiny, rng, m
     monkeypatch.setattr(icas, "PIXELS", 1600)   # blocks of 4 x 4 pixels
     for m, whole in zip((dot, spot), prompts, strict=True):
         shot, = icas.encode([(image, m)], turns=False, model=tiny).shots
-        np.testing.assert_allclose(shot.sides, whole.shots[0].sides, atol=1e-4)
-        assert shot.sides[0].max() > 0 and shot.fine_sides[0].max() > 0
+        for side, expected, near in zip(shot.sides, whole.shots[0].sides, (1e-4, 0.2, 0.4)):
+            np.testing.assert_allclose(side, expected, atol=near)   # a block lies in several
+            assert side[0].max() > 0
     for c, whole in zip(clicks, found, strict=True):
         sides = icas.mark_sides((120, 200), *(c.get(k) for k in (
             "points", "point_labels", "boxes", "mask")))
@@ -350,9 +358,9 @@ def test_the_order_of_shots_does_not_matter(tiny, rng):
     goods = [picture(rng, 30, 50) for _ in range(2)]
     a = icas.segment(image, anomalies=shots, normals=goods, model=tiny)
     b = icas.segment(image, anomalies=shots[::-1], normals=goods[::-1], model=tiny)
-    np.testing.assert_allclose(a.score, b.score, atol=1e-4)
+    np.testing.assert_allclose(a.score, b.score, atol=1e-3)
     one = icas.segment(image, anomalies=shots[:1], model=tiny)
-    assert np.abs(one.score - a.score).max() > 1e-4  # more shots do count
+    assert np.abs(one.score - a.score).max() > 1e-2  # more shots do count
 
 
 def test_several_labels_give_one_map_each_and_the_score_is_their_maximum(tiny, rng):
@@ -395,12 +403,11 @@ def test_parts_are_filled_only_when_asked_for(tiny, rng):
     plain, full = (icas.segment(image, ready, parts=p) for p in (False, True))
     same(plain, full)
     assert plain.parts == {} and all(p.shape == (37, 53) for p in full.parts.values())
-    # of the first label; the matched block and the detail, not the other tapped blocks
     first = torch.from_numpy(full.parts["icas"]).sigmoid().numpy()
-    np.testing.assert_allclose(first, full.label_scores[0], atol=1e-6)
-    assert {"block 3 nearest", "block 3 Fisher", "detail nearest", "S_s", "S_s mfm", "S_n",
-            "S_n mfm"} <= set(full.parts)
-    assert not any(name.startswith(("block 2", "block 4")) for name in full.parts)
+    np.testing.assert_allclose(first, full.label_scores[0], atol=1e-6)   # of the first label
+    levels = ("block 2", "block 3", "block 4", "detail")
+    assert set(full.parts) == {"icas", "S_s", "S_s mfm", "S_n", "S_n mfm", "novelty"} | {
+        f"{level} {kind}" for level in levels for kind in ("nearest", "Fisher")}
     plain, full = (icas.detect(image, ready, parts=p) for p in (False, True))
     same_detection(plain, full)
     assert plain.parts == {} and "block 3" in full.parts
@@ -441,6 +448,7 @@ def test_clicks_are_looked_at_twice(tiny, rng, monkeypatch):
     features, odds = icas.encode_image(image, model=tiny).features, torch.full((40, 40), -0.5)
     odds[20:30, 5:9], odds[:4] = 1.5, -1.5  # sure of a defect, and of a good part
     odds[33:38, 33:38] = 1.5                # over a negative click
+    tiny.look_closer(features)
     sides = icas.mark_sides((40, 40), *clicks.values(), None, None)
     shot = icas.make_shot(features, icas.join_sure(sides, odds.numpy())[:2], "defect")
     foreground, background = np.zeros((40, 40)), np.zeros((40, 40))
@@ -450,7 +458,7 @@ def test_clicks_are_looked_at_twice(tiny, rng, monkeypatch):
     negative = (x - 35) ** 2 + (y - 35) ** 2 <= (40 / 74) ** 2
     foreground[negative] = 0
     background[negative] = background[:4] = 1
-    for found, truth in zip(shot.sides, (foreground, background), strict=True):
+    for found, truth in zip(shot.sides[0], (foreground, background), strict=True):
         expected = truth.reshape(8, 5, 8, 5).mean(axis=(1, 3))
         np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
     # never sure: the second look sees what the first did
@@ -626,8 +634,55 @@ def test_the_prompt_of_a_label_is_made_when_asked_for_and_once(tiny, rng):
     ready = icas.prepare(icas.encode(shots, [picture(rng)], model=tiny), model=tiny)
     assert ready.made == {}
     crack = ready.prompt("crack")
-    assert set(ready.made) == {"crack"} and ready.prompt("crack") is crack and crack.shots == 8
-    assert ready.prompt("").shots == 1 and not ready.prompt("").foreground[0].any()
+    assert set(ready.made) == {"crack"} and ready.prompt("crack") is crack and crack.good == 1
+    assert ready.prompt("").good == 1 and not ready.prompt("").foreground[0].any()
+
+
+def count_details(model, monkeypatch):
+    """A list that grows by the (h, w) of each picture that the small CNN sees."""
+    seen, see = [], model.detail.forward
+    monkeypatch.setattr(model.detail, "forward",
+                        lambda x: seen.append(tuple(x.shape[-2:])) or see(x))
+    return seen
+
+
+def test_the_detail_of_twice_the_side_is_made_for_small_marks_alone_and_once(
+        tiny, rng, monkeypatch):
+    image = picture(rng)
+    large, small = (icas.prepare(icas.encode([(picture(rng), m)], model=tiny), model=tiny)
+                    for m in (half(), blob()))
+    assert (large.prompt("defect").scale, small.prompt("defect").scale) == (1, 2)
+    looks = count_details(tiny, monkeypatch)
+    found = icas.encode_image(image, model=tiny)
+    icas.segment(found, large)
+    assert looks == [(112, 112)] and found.features.fine is None
+    for _ in range(2):   # references too, once they are prepared
+        icas.segment(found, small)
+    for at in ((8, 8), (30, 5)):
+        icas.segment(found, points=[at], model=tiny)
+    assert looks == [(112, 112), (224, 224)] and tiny.look_closer(found.features).shape[-1] == 28
+    x = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+    x = F.interpolate(x, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
+    expected = tiny.detail((255 * x).round() / 255)
+    torch.testing.assert_close(found.features.fine, expected.half(), atol=0.01, rtol=0)
+    assert [len(x[0]) for x in tiny.levels(found.features, 2)] == [64] * 3 + [28 * 28]
+    assert tiny.grids(found.features, 2) == [(8, 8)] * 3 + [(28, 28)]
+    assert tiny.grids(found.features) == [(8, 8)] * 3 + [(14, 14)]
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (6, 90), (120, 3)])
+def test_the_larger_picture_gives_twice_the_grid_of_the_detail(tiny, rng, shape):
+    features = icas.encode_image(picture(rng, *shape), model=tiny).features
+    (h, w), (h0, w0) = features.detail.shape[-2:], features.maps.shape[-2:]
+    assert features.picture.dtype == torch.uint8 and (h, w) == (h0 * 14 // 8, w0 * 14 // 8)
+    assert features.picture.shape == (1, 3, 16 * h, 16 * w)
+    assert tiny.look_closer(features).shape == (1, 280, 2 * h, 2 * w)
+    mask = torch.zeros(2, *shape)
+    mask[0, shape[0] // 2, shape[1] // 2] = 1
+    sides = icas.make_shot(features, mask, "defect").sides
+    assert [s.shape for s in sides] == [(2, h0, w0), (2, h, w), (2, 2 * h, 2 * w)]
+    np.testing.assert_allclose([float(s[0].sum()) / s[0].numel() for s in sides],
+                               1 / np.prod(shape), rtol=0.6)
 
 
 def test_what_another_model_encoded_is_refused(tiny, rng, references):
@@ -710,10 +765,10 @@ def test_a_marked_image_is_shown_in_eight_turns_and_a_turned_one_shows_the_same(
     assert len(one) == 2 and len(one.shots) == 8 + 4
     marked = [s for s in one.shots if s.label]
     for shot in marked:
-        assert any(torch.allclose(shot.maps, o.maps, atol=0.02)
-                   and torch.allclose(shot.detail, o.detail, atol=0.02)
-                   and torch.equal(shot.sides, o.sides) for o in other.shots if o.label)
-    assert len({s.maps.float().sum().item() for s in marked}) == 8
+        assert any(torch.allclose(shot.features.maps, o.features.maps, atol=0.02)
+                   and torch.allclose(shot.features.detail, o.features.detail, atol=0.02)
+                   and all(map(torch.equal, shot.sides, o.sides)) for o in other.shots if o.label)
+    assert len({s.features.maps.float().sum().item() for s in marked}) == 8
     assert len(icas.encode([(image, mask)], turns=False, model=tiny).shots) == 1
     assert len(icas.encode([(image, mask)], [image], turns=True, model=tiny).shots) == 16
     many = [rng.integers(0, 256, (14, 14, 3), dtype=np.uint8) for _ in range(41)]
@@ -721,16 +776,21 @@ def test_a_marked_image_is_shown_in_eight_turns_and_a_turned_one_shows_the_same(
     assert counts == [160, 41]
 
 
-def test_of_seven_copies_every_marked_token_and_a_fourth_of_the_others_are_kept(tiny, rng):
-    marked = icas.encode([(picture(rng), blob())], model=tiny).shots
+@pytest.mark.parametrize("mask, scale", [(half(), 1), (blob(), 2)])
+def test_of_seven_copies_every_marked_token_and_a_fourth_of_the_others_are_kept(
+        tiny, rng, mask, scale):
+    marked = icas.encode([(picture(rng), mask)], model=tiny).shots
     prompt = icas.pool_shots(tiny, marked)
-    for level, sides in ((0, "sides"), (3, "fine_sides")):
-        foreground, total = getattr(marked[0], sides)[0] > 0, getattr(marked[0], sides)[0].numel()
-        others = [int((getattr(s, sides)[0].flatten() == 0)[s.turn % 4::4].sum())
-                  for s in marked[1:]]
+    assert prompt.scale == scale
+    for level, grid, side in ((0, 0, 8), (3, scale, 14 * scale)):
+        shares = [s.sides[grid][0].flatten() for s in marked]
+        foreground, total = shares[0] > 0, side ** 2
+        every = max(4, -(-total // 200))
+        others = [int((share == 0)[s.turn % every::every].sum())
+                  for s, share in zip(marked[1:], shares[1:])]
         kept = prompt.foreground[level].shape[1]
         assert kept == prompt.tokens[level].shape[1] == prompt.background[level].shape[1]
-        assert kept == total + 7 * int(foreground.sum()) + sum(others) < 4 * total
+        assert kept == total + 7 * int(foreground.sum()) + sum(others) < 8 * total
 
 
 def test_every_part_sees_the_prompt_in_all_turns(tiny, rng):
@@ -738,7 +798,7 @@ def test_every_part_sees_the_prompt_in_all_turns(tiny, rng):
     target = icas.encode_image(picture(rng), model=tiny)
     turned_round, lying = (icas.segment(target, icas.encode([(image, mask)], turns=t, model=tiny),
                                         parts=True, model=tiny).parts for t in (None, False))
-    for name in ("relation net", "S_s", "S_s mfm", "block 3 nearest", "block 3 Fisher",
+    for name in ("S_s", "S_s mfm", "block 3 nearest", "block 3 Fisher",
                  "detail nearest"):
         assert not np.array_equal(turned_round[name], lying[name]), name
 
@@ -756,6 +816,9 @@ def test_many_references_keep_a_bounded_number_of_tokens(tiny, rng, monkeypatch)
     every = far()
     monkeypatch.setattr(icas, "CAP", 6 * 20)
     assert [t.shape[1] for t in icas.pool_shots(tiny, whole.shots).tokens] == [6 * 20] * 4
+    shots = [*icas.encode([(goods[0], blob())], turns=False, model=tiny).shots, *whole.shots[1:]]
+    kept = [t.shape[1] for t in icas.pool_shots(tiny, shots).tokens]   # at twice the side a fourth
+    assert max(kept[:3]) <= 6 * 20 + 9 and kept[3] < 6 * 16 + 100
     assert {t.shape[1] for t in icas.learn_good(tiny, whole.shots).bank} == {6 * 20}
     for fewer, more in zip(far(), every, strict=True):  # fewer tokens can only be further away
         assert (fewer >= more - 1e-5).all() and fewer.mean() > more.mean()
@@ -790,7 +853,8 @@ def test_without_detail_everything_goes_by_the_encoder_alone(rng, tmp_path, monk
     for clicks in ({"points": [(20, 10)]}, {"boxes": [(5, 5, 20, 15)]}):
         assert np.isfinite(icas.segment(seen, references, model=model, **clicks).score).all()
     detected = icas.detect(image, loaded, parts=True, model=model)
-    assert detected.parts == {"block 3": detected.score}
+    assert detected.score == max(detected.parts.values())
+    assert [*detected.parts] == ["block 2", "block 3", "block 4"]
 
 
 def test_without_detail_a_checkpoint_needs_no_detail_file(rng, tmp_path, monkeypatch):
@@ -812,7 +876,7 @@ def test_without_detail_a_checkpoint_needs_no_detail_file(rng, tmp_path, monkeyp
 
 def test_references_survive_a_file_and_a_sum(tiny, rng, tmp_path):
     image, good = picture(rng), picture(rng)
-    shots = [(picture(rng), blob(), "scratch"), (picture(rng, 30, 50), blob(30, 50), "défaut")]
+    shots = [(picture(rng), blob(), "scratch"), (picture(rng, 30, 50), half(30, 50), "défaut")]
     whole = icas.encode(shots, [good], model=tiny)
     whole.save(tmp_path / "r.safetensors")
     loaded = icas.References.load(tmp_path / "r.safetensors")
@@ -823,11 +887,16 @@ def test_references_survive_a_file_and_a_sum(tiny, rng, tmp_path):
     total = total + icas.encode(shots[1:], [good], model=tiny) + icas.References()
     expected = icas.segment(image, whole, model=tiny)
     for other in (loaded, total):
-        found = icas.segment(image, other, model=tiny).score
-        np.testing.assert_allclose(found, expected.score, atol=2e-3)  # another memory layout
+        found = icas.segment(image, other, model=tiny).label_scores
+        np.testing.assert_allclose(found, expected.label_scores, atol=2e-3)  # other memory layout
+        prompts = [icas.prepare(other, model=tiny).prompt(label) for label in other.labels]
+        assert [p.scale for p in prompts] == [1, 2]
     for a, b in zip(loaded.shots, whole.shots, strict=True):
-        for x, y in zip(a, b, strict=True):
-            assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+        assert a[2:] == b[2:] and a.features.fine is b.features.fine is None
+        for name in ("maps", "detail", "picture"):
+            x, y = getattr(a.features, name), getattr(b.features, name)
+            assert torch.equal(x, y) and x.dtype == y.dtype
+        assert all(map(torch.equal, a.sides, b.sides))
     again = icas.detect(image, loaded, model=tiny).score
     assert again == pytest.approx(icas.detect(image, whole, model=tiny).score, abs=2e-3)
 

@@ -51,13 +51,14 @@ def pair_loss(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Loss parts of one pair: the first cell prompts, its mirror image is the target."""
     model, (marked, mirrored) = icas.load(), (torch.from_numpy(m.copy())[None].float()
                                               for m in (mask, mask[:, ::-1]))
-    share, fine = icas.token_share(marked, 28, 28), icas.token_share(mirrored, 112, 112)
+    sides = [torch.stack([share, 1 - share], dim=1)[None]
+             for share in (icas.token_share(marked, n, n) for n in (28, 49))]
+    fine = icas.token_share(mirrored, 112, 112)
     pixels = torch.from_numpy(picture / 255).float().expand(1, 3, -1, -1)
     pixels = F.interpolate(pixels, size=(392, 392), mode="bicubic", antialias=True).clamp(0, 1)
     seen, target = model.describe(pixels), model.describe(pixels.flip(3))
     truths = [icas.Truths(torch.cat([fine, 1 - fine]), torch.tensor([0, 1]))]
-    batch = icas.Batch(target, seen.maps[None], share[None], 1 - share[None], torch.zeros(1),
-                       truths)
+    batch = icas.Batch(target, seen, sides, torch.zeros(1), truths)
     with torch.no_grad():
         parts = icas.pair_loss(model, batch, torch.Generator().manual_seed(0))
     return np.array([parts[k] for k in sorted(parts)], dtype=np.float32)

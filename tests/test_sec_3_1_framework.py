@@ -92,7 +92,7 @@ def test_timm_s_layout_of_a_register_model_is_read():
 def test_vit_l_has_the_paper_s_322_m_parameters():
     with torch.device("meta"):
         model = icas.ICAS(icas.Config(encoder="vitl14", detail=False))
-    assert sum(p.numel() for p in model.parameters()) == pytest.approx(321.6e6, rel=0.005)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(322e6, rel=0.01)
 
 
 def test_mask_pool_is_the_mean_under_the_mask(rng):
@@ -174,19 +174,20 @@ def test_token_grids_keep_area_and_aspect():
 def pairs(model, grid=8, batch=2, seed=0):
     make = torch.Generator().manual_seed(seed)
     width = model.encoder.cls_token.shape[-1] * len(model.config.blocks)
+    fine = 14 * grid // 8
     foreground, truth = torch.zeros(batch, grid, grid), torch.zeros(4 * grid, 4 * grid)
     foreground[:, 2:4, 2:5], truth[8:16, 8:20] = 1, 1
     truths = [icas.Truths(torch.stack([truth, 1 - truth]), torch.tensor([0, 1]))] * batch
-    rand = lambda *shape: torch.randn(*shape, generator=make)  # noqa: E731
-    small = lambda: torch.rand(batch, 3, 8 * grid, 8 * grid, generator=make)  # noqa: E731
-    return icas.Batch(icas.Features(rand(batch, width, grid, grid), small()),
-                      rand(batch, 1, width, grid, grid), foreground[:, None],
-                      1 - foreground[:, None], torch.zeros(batch), truths)
+    features = lambda: icas.Features(*(torch.randn(batch, *shape, generator=make)  # noqa: E731
+                                       for shape in ((width, grid, grid), (280, *2 * [fine]))))
+    sides = [torch.stack([x, 1 - x], dim=1)[:, None] for x in (
+        foreground, icas.token_share(foreground, fine, fine))]
+    return icas.Batch(features(), features(), sides, torch.zeros(batch), truths)
 
 
 @pytest.mark.parametrize("change", [
     {}, {"learned_queries": True}, {"debias": 0}, {"correspondence": False}, {"plain_sum": True},
-    {"blocks": (4,), "matched": ()}, {"matched": (2, 4)}, {"detail": False}])
+    {"blocks": (4,)}, {"detail": False}])
 def test_every_form_of_the_paper_runs_and_learns(change):
     torch.manual_seed(0)
     model = icas.ICAS(icas.Config(**TINY | change))
@@ -203,7 +204,7 @@ def test_without_correspondence_no_relation_map_is_computed(monkeypatch):
     model = icas.ICAS(icas.Config(**TINY | {"correspondence": False})).eval()
     assert not any("relation" in name for name, _ in model.decoder.named_parameters())
     losses = icas.pair_loss(model, pairs(model), torch.Generator().manual_seed(0))
-    assert losses["dense"] == 0 and losses["mask"] > 0
+    assert losses.keys() == {"target", "other", "mask"} and losses["mask"] > 0
     image, mask = np.zeros((40, 40, 3), np.uint8), np.eye(40, dtype=bool)
     for given in ({"anomalies": [(image, mask)], "normals": [image]}, {"points": [(3, 3)]}):
         found = icas.segment(image, model=model, parts=True, **given)

@@ -88,7 +88,8 @@ def test_fit_leaves_both_frozen_encoders_as_they_are():
 def test_normal_references_and_targets_without_a_defect_have_a_finite_loss():
     model = fresh()
     batch = pairs(model)
-    good = batch._replace(foreground=batch.foreground * 0, background=torch.ones(2, 1, 8, 8))
+    nothing = torch.tensor([0.0, 1.0])[:, None, None]
+    good = batch._replace(sides=[nothing.expand_as(side) for side in batch.sides])
     rest = batch._replace(truths=[icas.Truths(torch.ones(1, 32, 32), torch.tensor([1]))] * 2)
     for changed in (good, rest):
         parts = icas.pair_loss(model, changed, torch.Generator().manual_seed(0))
@@ -101,7 +102,7 @@ def test_fit_stops_before_a_step_that_would_spoil_the_weights(part):
     weight, before = model.decoder.class_scale, model.decoder.class_scale.clone()
     batch = pairs(model)
     if part == "loss":
-        batch = batch._replace(target=batch.target._replace(small=batch.target.small * torch.nan))
+        batch.target.maps *= torch.nan
     else:
         weight.requires_grad_(True).register_hook(lambda gradient: gradient * torch.nan)
     with pytest.raises(ValueError, match="fit: .* finite|fit: .*gradient nan"):
@@ -110,7 +111,7 @@ def test_fit_stops_before_a_step_that_would_spoil_the_weights(part):
 
 
 def test_references_are_prepared_again_after_training():
-    model = fresh(blocks=(3, 4), matched=(), debias=0, queries=8, layers=1, ffn_dim=32,
+    model = fresh(blocks=(3, 4), debias=0, queries=8, layers=1, ffn_dim=32,
                   pixel_dim=8, relation_dim=8).eval()
     image, mask = np.zeros((40, 40, 3), np.uint8), np.zeros((40, 40), bool)
     image[10:20, 10:20], mask[10:20, 10:20] = 200, True

@@ -31,7 +31,7 @@ def case(tiny, rng):
     config, k, h0, w0 = tiny.config, 5, 2, 3
     t = lambda *shape: torch.from_numpy(rng.normal(size=shape)).float()  # noqa: E731
     decoded = icas.Decoded([t(1, k, config.dim)], [t(1, 4, config.dim)],
-                           t(1, config.pixel_dim, 4 * h0, 4 * w0), t(1, 4 * h0, 4 * w0))
+                           t(1, config.pixel_dim, 4 * h0, 4 * w0))
     tokens = icas.F.normalize(t(1, h0 * w0, 48), dim=-1)
     reference = [icas.F.normalize(t(1, 7, 48), dim=-1) for _ in config.blocks]
     foreground = torch.tensor([[0.0, 0.2, 1.0, 0.7, 0.0, 0.0, 0.1]])
@@ -56,8 +56,9 @@ def by_hand(model, decoded, tokens, prompt, reference_masks=None):
     coarse = masks.reshape(k, h // 4, 4, w // 4, 4).mean(axis=(2, 4)).reshape(k, -1)
     target = tokens[0].double().numpy()
     pooled = unit(np.stack([(m[:, None] * target).sum(axis=0) / m.sum() for m in coarse]))
-    reference = prompt.tokens[model.middle][0].double().numpy()
-    share = prompt.foreground[model.middle][0].double().numpy()
+    last = len(model.config.blocks) - 1
+    reference = prompt.tokens[last][0].double().numpy()
+    share = prompt.foreground[last][0].double().numpy()
     q_p = unit((share[:, None] * reference).sum(axis=0))
     q_ntp = unit(((1 - share)[:, None] * reference).sum(axis=0))
     q_r = q_ntp[None] if reference_masks is None else reference_masks[0].double().numpy()
@@ -77,7 +78,7 @@ def by_hand(model, decoded, tokens, prompt, reference_masks=None):
 def test_every_score_equals_its_equation(case, rng, with_normals):
     model, decoded, tokens, prompt = case
     normals = torch.from_numpy(unit(rng.normal(size=(1, 9, 48)))).float() if with_normals else None
-    got = icas.mask_scores(model.decoder, decoded, tokens, prompt, model.middle, normals)
+    got = icas.mask_scores(model.decoder, decoded, tokens, prompt, normals)
     expected = by_hand(model, decoded, tokens, prompt, normals)
     for one, other in zip((got.semantic, got.semantic_mfm, got.normal, got.normal_mfm), expected):
         np.testing.assert_allclose(one[0].numpy(), other, rtol=2e-4, atol=1e-6)
@@ -88,7 +89,7 @@ def test_with_plain_sum_the_scores_are_the_printed_sums(case, monkeypatch):
     model, decoded, tokens, prompt = case
     printed = dataclasses.replace(model.config, plain_sum=True)
     monkeypatch.setattr(model.decoder, "config", printed)
-    got = icas.mask_scores(model.decoder, decoded, tokens, prompt, model.middle)
+    got = icas.mask_scores(model.decoder, decoded, tokens, prompt)
     for one, other in zip((got.semantic, got.semantic_mfm), by_hand(*case)[-1]):
         np.testing.assert_allclose(one[0].numpy(), other, rtol=2e-4, atol=1e-6)
 
@@ -144,14 +145,29 @@ def test_fisher_s_direction_solves_its_equation_and_sets_the_means_one_apart(rng
     np.testing.assert_allclose(got, expected / (expected @ gap), rtol=1e-6)
 
 
-def test_the_detail_counts_half_at_four_marked_tokens_an_image_and_less_beyond(rng):
-    def weight(marked, shots):
-        share = torch.zeros(1, 400)
-        share[:, :marked] = 1
-        return icas.detail_weight(a_prompt([torch.zeros(1, 400, 4)], share, shots=shots))
-    assert weight(4, 1) == weight(32, 8) == pytest.approx(0.5)
-    assert weight(0, 1) == 1 > weight(1, 1) > weight(4, 1) > weight(30, 1) > 0
-    assert weight(8, 1) == weight(16, 2) == pytest.approx(1 / 5)
+@pytest.mark.parametrize("marked", [True, False])
+def test_relations_equal_loops(rng, marked):
+    grids, size = [(3, 4), (6, 8)], (6, 8)
+    values = [rng.normal(size=(5, h * w)) for h, w in grids]
+    matches = [icas.Matching(*torch.from_numpy(v).float()[:, None]) for v in values]
+    share = torch.tensor([[0.0, 0.5, 1.0, 0.1]]) * marked
+    tokens = [icas.F.normalize(torch.from_numpy(rng.normal(size=(1, 4, 5))).float(), dim=-1)] * 2
+    got = icas.relations(matches, grids, a_prompt(tokens, share), size)[0].numpy()
+    expected = []
+    for (best_fg, best_bg, mean_fg, mean_bg, fisher), grid in zip(values, grids):
+        maps = [4 * (best_fg - best_bg), 4 * (mean_fg - mean_bg), fisher]
+        for x in (best_fg - best_bg, fisher, 1 - best_bg):
+            maps.append((x - x.mean()) / (x.std() + 1e-3))
+        expected += [resize(x.reshape(grid), size) for x in maps]
+    expected += [np.full(size, x) for x in ((1, np.log10(0.4 + 1e-4)) if marked else (0, 0))]
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_the_detail_counts_half_at_four_marked_tokens_a_view_and_little_beyond():
+    weight = icas.detail_weight
+    assert weight([4]) == weight([4] * 8) == weight([2, 6]) == 0.5 and weight([]) == 0
+    assert weight([0]) == 1 > weight([1]) > weight([4]) > weight([30]) > 0
+    assert weight([8]) == weight([4, 12]) == pytest.approx(1 / 17)
 
 
 def top(values):
@@ -168,15 +184,16 @@ def test_detection_takes_the_level_that_finds_most_beyond_what_unseen_good_parts
     monkeypatch.setattr(icas, "fast_bf16", lambda device: False)
     goods = [rng.integers(0, 256, (40, 40, 3), dtype=np.uint8) for _ in range(3)]
     image = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    # levels: the matched block, debiased, and the detail at strides 8 and 16
-    tokens = {"block 3": [], "detail": []}
+    # levels: the tapped blocks, debiased, and the detail at strides 8 and 16
+    tokens = {"block 2": [], "block 3": [], "block 4": [], "detail": []}
     for picture in (*goods, image):
-        maps, _, detail = icas.encode_image(picture, model=tiny).features
+        features = icas.encode_image(picture, model=tiny).features
+        maps, detail = features.maps, features.detail
         if picture is not image:  # references are kept in float16
             maps, detail = maps.half().float(), detail.half().float()
-        block = tiny.tokens(maps)[tiny.config.blocks.index(3)]
+        for number, block in zip(tiny.config.blocks, tiny.tokens(maps)):
+            tokens[f"block {number}"].append(block[0].double().numpy())
         fine = detail[0].flatten(1).T.double().numpy()
-        tokens["block 3"].append(block[0].double().numpy())
         tokens["detail"].append(unit(fine[:, 24:]))     # channels 48 + 88 + 120
 
     def distances(of, others):
@@ -190,8 +207,8 @@ def test_detection_takes_the_level_that_finds_most_beyond_what_unseen_good_parts
                         false_positive_rate=0.05, model=tiny)
     assert found.parts == pytest.approx(dict(zip(tokens, map(top, new))), rel=5e-3)
     assert found.score == pytest.approx(max(map(top, new)), rel=5e-3)
-    maps = [resize(x.reshape(n, n), (32, 32)) for x, n in zip(new, (8, 14))]
-    np.testing.assert_allclose(found.map, resize(np.maximum(*maps), (40, 40)), rtol=0.02)
+    maps = [resize(x.reshape(n, n), (32, 32)) for x, n in zip(new, (8, 8, 8, 14))]
+    np.testing.assert_allclose(found.map, resize(np.max(maps, axis=0), (40, 40)), rtol=0.02)
     # Student's t; the median deviation is shrunk towards 20 % of the median, as of 8 more parts
     scores, freedom = (own / typical[:, None]).max(axis=0), 8 + 3 - 1
     low, middle, high = np.sort(scores)
@@ -280,25 +297,33 @@ def test_the_usual_distance_is_that_of_an_image_s_own_background_without_neighbo
     assert icas.usual_distance(torch.ones(1, h * w, 6), torch.zeros(h, w) > 0) == 1
 
 
-@pytest.mark.parametrize("count", [0, 3, 4])
-def test_novelty_counts_by_the_detail_s_weight_and_threefold_beside_four_good_parts(
-        tiny, rng, count):
-    images = [rng.integers(0, 256, (60, 60, 3), dtype=np.uint8) for _ in range(2 + count)]
+@pytest.mark.parametrize("side", [6, 12, 40])
+def test_novelty_is_the_detail_s_and_counts_threefold_by_its_weight(tiny, rng, side, monkeypatch):
+    monkeypatch.setattr(icas, "fast_bf16", lambda device: False)
+    images = [rng.integers(0, 256, (60, 60, 3), dtype=np.uint8) for _ in range(2)]
     mask = np.zeros((60, 60), bool)
-    mask[20:26, 10:16] = True
-    references = icas.encode([(images[0], mask)], images[2:], model=tiny)
+    mask[20:20 + side, 10:10 + side] = True
+    references = icas.encode([(images[0], mask)], model=tiny)
     prompt = icas.prepare(references, model=tiny).prompt("defect")
     features = icas.encode_image(images[1], model=tiny).features
     with_it = icas.score_parts(tiny, features, prompt)
-    without = icas.score_parts(tiny, features, prompt._replace(usual=()))
-    added = sum(m for name, m in with_it.items() if "novelty" in name)
-    expected = icas.detail_weight(prompt) * (3 if count == 4 else 1) * added
-    torch.testing.assert_close(with_it["icas"] - without["icas"], expected, atol=1e-4, rtol=1e-4)
-    assert len(prompt.usual) == 4 and not [name for name in without if "novelty" in name]
+    without = icas.score_parts(tiny, features, prompt._replace(usual=np.inf))
+    own, shown = tiny.levels(references.shots[0].features.to("cpu", torch.float32), prompt.scale
+                             )[-1], references.shots[0].sides[prompt.scale]
+    assert prompt.usual == pytest.approx(icas.usual_distance(own, shown[1] > 0.999))
+    seen, known = tiny.levels(features, prompt.scale)[-1][0], prompt.background[-1][0] > 0.999
+    distance = 1.01 - (seen @ prompt.tokens[-1][0, known].T).amax(dim=1)
+    ratio = (distance.clamp_min(0.01) / (0.01 + prompt.usual)).log().clamp(-2, 2)
+    grid, added = tiny.grids(features, prompt.scale)[-1], with_it["novelty"]
+    expected = torch.from_numpy(resize(ratio.view(grid).numpy(), (32, 32)))
+    torch.testing.assert_close(added, expected, atol=0.02, rtol=0.01)
+    torch.testing.assert_close(with_it["icas"] - without["icas"], 3 * prompt.weight * added,
+                               atol=1e-4, rtol=1e-4)
+    assert "novelty" not in without and prompt.scale == (1 if side == 40 else 2)
 
 
 def test_clicks_and_good_parts_alone_have_no_novelty(tiny, rng):
     image = rng.integers(0, 256, (60, 60, 3), dtype=np.uint8)
     good = icas.prepare(icas.encode(normals=[image], model=tiny), model=tiny)
     found = icas.segment(image, points=[(30, 30)], parts=True, model=tiny)
-    assert good.prompt("").usual == [] and not [name for name in found.parts if "novelty" in name]
+    assert good.prompt("").usual == np.inf and "novelty" not in found.parts

@@ -191,12 +191,13 @@ def test_cached_and_uncached_views_give_the_same_batches_and_losses(home):
     assert not (home / "out").exists()
     for step in range(4):
         one, other = fresh.pairs(step)[0], kept.pairs(step)[0]
-        for name in ("foreground", "background", "hidden"):
-            assert torch.equal(getattr(one, name), getattr(other, name)), name
-        assert torch.equal(one.target.small, other.target.small)
+        for a, b in zip((*one.sides, one.hidden), (*other.sides, other.hidden), strict=True):
+            assert torch.equal(a, b)
         for a, b in zip(one.truths, other.truths):
             assert torch.equal(a.masks, b.masks) and torch.equal(a.classes, b.classes)
-        torch.testing.assert_close(one.reference, other.reference, atol=2e-3, rtol=1e-3)   # fp16
+        for name in ("maps", "detail"):   # kept in fp16
+            a, b = (getattr(batch.reference, name) for batch in (one, other))
+            torch.testing.assert_close(a, b, atol=2e-3, rtol=1e-3)
         losses = [sum(icas.pair_loss(fresh.model, b, torch.Generator().manual_seed(0)).values())
                   for b in (one, other)]
         assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-3)
@@ -229,10 +230,12 @@ def test_a_pair_does_not_depend_on_who_draws_it(home):
     for step in (3, 4):
         one, two = whole(step)[0], parts(step)
         for i, part in enumerate(two):
-            some = slice(2 * i, 2 * i + 2)
-            assert torch.equal(part.foreground, one.foreground[some])
+            some, shots = slice(2 * i, 2 * i + 2), one.sides[0].shape[1]
+            for a, b in zip(part.sides, one.sides, strict=True):
+                assert torch.equal(a, b[some])
             assert torch.equal(part.hidden, one.hidden[some])
-            torch.testing.assert_close(part.reference, one.reference[some])
+            seen = one.reference.maps[some.start * shots:some.stop * shots]
+            torch.testing.assert_close(part.reference.maps, seen)
 
 
 def test_a_prompt_of_several_views_shows_one_item_and_never_the_targets(home):
@@ -249,40 +252,32 @@ def test_a_prompt_of_several_views_shows_one_item_and_never_the_targets(home):
     assert max(sizes) == 3
     view = source.view(table[0])
     mark = (view.labels == 1).float()
-    one, two = (train.sides([(view, mark, 1 - mark)] * n, 3) for n in (1, 2))
-    assert one["foreground"].shape == (3, 8, 8)
-    assert not one["foreground"][1:].any() and not one["background"][1:].any()
-    assert torch.equal(two["foreground"][1], one["foreground"][0])   # every marked token of a copy,
-    kept = two["background"][1].flatten() > 0
-    other = (one["foreground"][0].flatten() == 0).numpy()
+    one, two = (train.sides([(view, mark, 1 - mark)] * n, 3, pairs.model.config)["sides"]
+                for n in (1, 2))
+    assert [x.shape for x in one] == [(3, 2, 8, 8), (3, 2, 14, 14)] and not one[0][1:].any()
+    assert torch.equal(two[0][1, 0], one[0][0, 0])   # every marked token of a copy,
+    kept = two[0][1, 1].flatten() > 0
+    other = (one[0][0, 0].flatten() == 0).numpy()
     fourth = [bool(o) and n % 4 == 1 for n, o in enumerate(other)]         # every fourth other
     assert (kept.numpy() & other).tolist() == fourth
 
 
-def test_validation_prompts_show_another_item_in_eight_turns(home):
-    model = prepared(home).model
-    held = train.held_out(model, str(home / "spots"), 1, prompts=3)
-    assert len(held) == 3 and {h.label for h in held} == {("spots", "spot")}
-    for h in held:
-        assert len(h.prompt) == 1 and len(h.prompt.shots) == 8 and len(h.targets) == 4
-        for image, truth in h.targets:
-            assert image.shape == truth.shape == (80, 90) and truth.sum() == 15 * 15
-            assert all(not torch.equal(shot.maps, image.features.maps.half())
-                       for shot in h.prompt.shots)
-    again = train.held_out(model, str(home / "spots"), 1, prompts=3)
-    for h, same in zip(held, again):
-        assert all((a == b).all() for (_, a), (_, b) in zip(h.targets, same.targets))
-
-
-def test_validation_measures_what_segment_gives(home):
-    model = prepared(home).model
-    (episode,) = train.held_out(model, str(home / "spots"), 1, prompts=1)
-    found, both, either = train.validate(model, [episode]), 0, 0
-    for image, truth in episode.targets:
-        mask = icas.segment(image, episode.prompt, model=model).mask
-        both, either = both + (mask & truth).sum(), either + (mask | truth).sum()
-    assert found["icas"] == pytest.approx(100 * both / either)
-    assert list(found) == ["icas", "S_s", "S_s mfm", "block 4 nearest"]
+def test_validation_measures_what_segment_gives_on_other_items(home):
+    held = train.held_out(prepared(home).model, [str(home / "spots")])
+    assert len(held) == 2
+    for store, episode in held:
+        groups = [{store.records[n]["group"] for n in episode[k]} for k in ("prompts", "tests")]
+        assert not groups[0] & groups[1] and len(episode["tests"]) == 5 and not episode["good"]
+    found, expected = train.validate(held), []
+    for store, episode in held:
+        ready, both, either = store.shown(episode), 0, 0
+        assert len(ready.references) == 1 and len(ready.references.shots) == 8
+        for name in episode["tests"]:
+            mask, truth = icas.segment(store.image(name), ready).mask, store.truth(name, "spot")
+            both, either = both + (mask & truth).sum(), either + (mask | truth).sum()
+        expected.append(100 * both / either)
+    assert found["icas"] == pytest.approx(np.mean(expected))
+    assert {"S_s", "S_s mfm", "block 4 nearest"} < set(found)
 
 
 def test_good_parts_as_prompts_are_of_the_same_object_and_labels_are_by_object(home):
@@ -297,7 +292,7 @@ def test_good_parts_as_prompts_are_of_the_same_object_and_labels_are_by_object(h
     pairs = prepared(home).pairs
     source = pairs.sources[0]
     assert list(source.by_label) == ["bolt spot", "nut spot"]
-    assert {k: len(v) for k, v in source.good.items()} == {"nut": 1, "bolt": 2}
+    assert {k: len(v) for k, v in source.good.items()} == {"nut": 1 + 6, "bolt": 2 + 6}   # clean
     drawn, view = [], source.view
     source.view = lambda i, *more: drawn.append(i) or view(i, *more)
     seen = 0
@@ -305,9 +300,10 @@ def test_good_parts_as_prompts_are_of_the_same_object_and_labels_are_by_object(h
         drawn.clear()
         pair = pairs.draw(np.random.default_rng(i))
         assert len({source.index[j]["category"] for j in drawn}) == 1
-        if not pair["foreground"].any() and len(drawn) > 1:
+        if not pair["sides"][0][:, 0].any() and len(drawn) > 1:
             seen += 1
-            assert not source.index[drawn[1]]["names"] and pair["background"].min() > 0.999
+            shown = source.index[drawn[1]]
+            assert shown["clean"] or not shown["names"]
     assert seen > 3
 
 
@@ -321,8 +317,8 @@ def test_the_dry_run_says_what_would_happen_and_writes_nothing(home, capsys):
     said = capsys.readouterr().out
     assert "anomaly: 5000 steps, 4 pairs, ranks 1, micro-batches 2, seed 3, AdamW 0.0001" in said
     assert "prompts of up to 2 views, 50 % of the target's image; features hidden in 30 %" in said
-    assert "mild augmentation" in said and "clip 1" in said and "float32" in said and "GiB" in said
-    assert "spots: 100 % of pairs, 8 images, 2 good, 2 labels (5 spot, 1 dent)" in said
+    assert "mild augmentation" in said and "clip 1" in said and "float32" in said
+    assert "spots: 100 % of pairs, 14 images, 8 good, 2 labels (5 spot, 1 dent)" in said
     assert "1 labels in one image only, as 'dent': their pairs are two views of it" in said
     assert not (home / "out").exists() and not (home / "views").exists()
 
@@ -371,11 +367,11 @@ def test_another_encoder_is_known_by_its_file_and_the_checkpoint_keeps_to_it(hom
     with unittest.mock.patch.dict(icas.ENCODERS, mini14=(32, 3, 2)):
         other, checkpoint = home / "mini.safetensors", home / "out" / "last.safetensors"
         save_file(icas.Encoder("mini14-reg").state_dict(), other)
-        more = ("--steps", 2, "--encoder", other, "--blocks", 2, 3, "--matched", 2, "--debias", 4)
+        more = ("--steps", 2, "--encoder", other, "--blocks", 2, 3, "--debias", 4)
         assert train.main(arguments(home, home / "out", *more)) == 0
         model = icas.load(checkpoint, encoder=other)
         c = model.config
-        assert (c.encoder, c.blocks, c.matched, c.detail) == ("mini14-reg", (2, 3), (2,), True)
+        assert (c.encoder, c.blocks, c.detail) == ("mini14-reg", (2, 3), True)
         assert model.encoder_sha256 == icas.sha256(other)
         assert model.decoder.neck[0].in_channels == 2 * 32
         with pytest.raises(ValueError, match="the checkpoint was trained with"):
@@ -398,10 +394,10 @@ def test_validation_prints_the_baseline_and_keeps_the_best(home, capsys):
     more = ("--steps", 2, "--validate", home / "others", "--validate-every", 1)
     assert train.main(arguments(home, home / "out", *more)) == 0
     said = capsys.readouterr().err
-    assert "mean IoU icas" in said and "S_s mfm" in said and "block 4 nearest" in said
+    assert "| mean IoU " in said and "S_s mfm" in said and "block 4 nearest" in said
     log = [json.loads(line) for line in (home / "out/log.jsonl").read_text().splitlines()]
     found = [line["validation"] for line in log if "validation" in line]
-    assert set(found[-1]) == {"icas", "S_s", "S_s mfm", "block 4 nearest"} and len(found) == 2
+    assert {"icas", "S_s", "S_s mfm", "block 4 nearest"} < set(found[-1]) and len(found) == 2
     with views.safe_open(home / "out" / "best.safetensors", "pt") as file:
         best = json.loads(file.metadata()["training"])["validation"]
     assert best["S_s mfm"] == max(f["S_s mfm"] for f in found)
@@ -412,7 +408,7 @@ def test_validation_prints_the_baseline_and_keeps_the_best(home, capsys):
     for more in ((), ("--dry-run",)):
         assert train.main(arguments(home, home / "o", "--validate", lone, *more)) == 2
         said = capsys.readouterr().err
-        assert "--validate: no label is in two images of different groups" in said
+        assert "no defect type is marked in two images of different items" in said
     assert train.main(arguments(home, home / "o", "--dry-run", "--validate", home / "nowhere")) == 2
 
 
@@ -472,7 +468,7 @@ def test_a_finished_run_is_not_trained_again_and_another_recipe_does_not_resume(
     written = last.stat().st_mtime_ns
     assert train.main(arguments(home, home / "out", "--steps", 2, "--log-every", 7)) == 0
     assert last.stat().st_mtime_ns == written
-    assert "step " not in capsys.readouterr().err.split("GiB")[-1]
+    assert "step " not in capsys.readouterr().err.split("float32")[-1]
     assert train.main(arguments(home, home / "out", "--steps", 3)) == 2
     assert "other arguments" in capsys.readouterr().err
     new.mkdir()
@@ -482,7 +478,7 @@ def test_a_finished_run_is_not_trained_again_and_another_recipe_does_not_resume(
 
 
 def test_a_cache_that_was_cut_off_goes_on_and_one_made_otherwise_is_not_read(home, monkeypatch):
-    more = ("--views", 3, "--cache")                                     # 24 views: two chunks
+    more = ("--views", 3, "--cache")                                     # 8 x 3 + 6: two chunks
     whole = prepared(home, *more, home / "whole").pairs.sources[0]
     encode, calls = views.encode, []
 
@@ -497,16 +493,16 @@ def test_a_cache_that_was_cut_off_goes_on_and_one_made_otherwise_is_not_read(hom
     (folder,) = (home / "views").iterdir()
     (folder / "16.part").write_bytes(b"half a view")
     found = prepared(home, *more, home / "views").pairs.sources[0]
-    assert calls == [16, 8, 8] and found.index == whole.index and len(found.index) == 24
-    assert found.folder == folder and len(list(folder.iterdir())) == 24
-    for i in range(24):
-        for name in ("features", "small", "labels"):
+    assert calls == [16, 14, 14] and found.index == whole.index and len(found.index) == 30
+    assert found.folder == folder and len(list(folder.iterdir())) == 30
+    for i in range(30):
+        for name in ("maps", "detail", "labels"):
             assert torch.equal(*(source.kept(i, name)[0] for source in (found, whole)))
     calls[1:] = ["both are there"]
     for other in (("--views", 2), ("--image-size", 98), ("--seed", 1), ("--blocks", 3, 4),
                   ("--strong-augmentation",), ("--images", 5), ("--stage", "generic")):
         source = prepared(home, *more, home / "views", *other).pairs.sources[0]
-        assert source.folder != folder and len(list(folder.iterdir())) == 24
+        assert source.folder != folder and len(list(folder.iterdir())) == 30
 
 
 def test_a_full_disk_under_a_cache_is_said_and_the_same_command_goes_on(home, capsys, monkeypatch):
