@@ -37,11 +37,11 @@ from torch import Tensor
 
 import icas
 from data_prep.episodes import Store, check, development_sources, plan, read_sources, segments
+from data_prep.views import rank, world
 
 PEERS = ("nearest patch", "prototype", "nearest patch, plain", "prototype, plain",   # segmentation
          "AnomalyDINO recipe", "SubspaceAD recipe")                                  # detection
 RATES = (0.01, 0.05, icas.RATE, 0.2)   # false positive rates asked of `detect`, with its own
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # torchrun's
 
 
 def find(store: Store, name: str, episode: dict, ready: icas.Prepared | None):
@@ -131,7 +131,7 @@ def score(store: Store, episode: dict, peers: bool) -> dict[str, dict]:
     if peers:
         find_peers = (functools.partial(segmentation_peers, store, episode) if masks else
                       detection_peers(store, episode["normals"]))
-    for name in sorted({*episode["tests"], *apart} & set(list(store.records)[RANK::WORLD])):
+    for name in sorted({*episode["tests"], *apart} & set(list(store.records)[rank()::world()])):
         image, result = store.image(name), find(store, name, episode, ready)
         truth = store.truth(name, episode["label"] if masks else None)
         tokens, grid = find_peers(name) if peers else {}, image.features.maps.shape[-2:]
@@ -154,8 +154,8 @@ def score(store: Store, episode: dict, peers: bool) -> dict[str, dict]:
             f["images"][name] = entry
             if counted and method in maps:
                 f["bins"] += pixel_bins(maps[method], truth)
-    parts, whole = [found] * WORLD, {}
-    if WORLD > 1:
+    parts, whole = [found] * world(), {}
+    if world() > 1:
         dist.all_gather_object(parts, found)
     for method, f in (item for part in parts for item in part.items()):
         known = whole.setdefault(method, {"images": {}, "bins": 0})
@@ -240,7 +240,7 @@ def measure(store: Store, episodes: Sequence[dict], peers: bool, part: Path) -> 
     done = icas.read_lines(log)
     for e in icas.progress(episodes[len(done):], part.stem):
         done.append(metrics(score(store, e, peers), e, store.records))
-        if RANK == 0:
+        if rank() == 0:
             icas.write_lines(log, done)
     for kind in sorted({segments(e) for e in episodes}, reverse=True):
         some = [(e, found) for e, found in zip(episodes, done) if segments(e) == kind]
@@ -366,7 +366,7 @@ def run(args: argparse.Namespace) -> None:
         args.data = args.data or replayed["arguments"]["data"]
     if args.task == "development":
         args.data = development_sources(args.data)
-    model, sources = start(args), read_sources(args.data, args.strips, loud=RANK == 0)
+    model, sources = start(args), read_sources(args.data, args.strips, loud=rank() == 0)
     plans = replayed.get("episodes", {}) if args.replay else {
         name: plan(args.task, records, args.seeds, args.shots, args.clicks, args.prompt,
                    args.normals, args.good) for name, records in sources.items()}
@@ -382,15 +382,15 @@ def run(args: argparse.Namespace) -> None:
         if not part.is_file():
             store = Store(model, records, args.turns)
             rows = measure(store, plans[name], args.peers, part)
-            if RANK == 0:
+            if rank() == 0:
                 drawn = [e for e in plans[name] if args.figures and e["seed"] == 0]
                 for i, e in enumerate(drawn):
                     picture(Path(args.figures) / f"{part.stem} {i}.png", store, e)
                 icas.write_text(part, json.dumps(rows))
                 part.with_suffix(".jsonl").unlink(missing_ok=True)
-        if RANK == 0:
+        if rank() == 0:
             sets[name] = json.loads(part.read_text())
-    if RANK > 0:
+    if rank() > 0:
         return
     rows, methods = list(sets.values()), dict.fromkeys(m for rows in sets.values() for m in rows)
     text = "\n\n".join(f"{name}\n{table(own)}" for name, own in sets.items())
@@ -429,7 +429,8 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments.parse_args(argv)
     if not args.replay and args.task != "development" and (args.task == "speed") == bool(args.data):
         arguments.error("--data: speed takes none, every other task at least one")
-    if WORLD > 1:
+    started = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
+    if started:
         dist.init_process_group("gloo")
     try:
         run(args)
@@ -438,7 +439,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2
     finally:
-        if WORLD > 1:
+        if started:
             dist.destroy_process_group()
 
 

@@ -121,6 +121,11 @@ class Config:
         expect(self.dim % self.heads == self.dim % 4 == 0, "dim",
                f"a multiple of 4 and of heads={self.heads}")
 
+    @property
+    def last(self) -> int:
+        """Index among the levels of the last tapped block, for queries and mask-level matching."""
+        return len(self.blocks) - 1
+
 
 # ---- 3.1 Unified framework: the frozen encoders -------------------------------------------------
 
@@ -366,8 +371,9 @@ class Decoder(nn.Module):
         self.up = nn.Sequential(nn.ConvTranspose2d(dim, pixel, 2, 2), ChannelNorm(pixel), nn.GELU(),
                                 nn.ConvTranspose2d(pixel, pixel, 2, 2))
         self.class_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # departure 9
-        if config.correspondence:   # as many maps as `relations` makes; by pixel: shapes of them
-            wide = config.relation_dim   # would be those of the training sets
+        if config.correspondence:
+            # as many maps as `relations` makes, read by pixel: their shapes do not carry over
+            wide = config.relation_dim
             self.relation = nn.Sequential(
                 nn.Conv2d(6 * (len(config.blocks) + config.detail) + 2, wide, 1), nn.GELU(),
                 nn.Conv2d(wide, wide, 1), nn.GELU())
@@ -649,9 +655,11 @@ class ICAS(nn.Module):
         with self.autocast():
             return [match_tokens(x, prompt, level) for level, x in enumerate(tokens)]
 
-    def neck(self, maps: Tensor) -> Tensor:   # (B, C, H0, W0) float32
+    def neck(self, maps: Tensor) -> Tensor:   # (B, C, H0, W0) float32; 0 without features
+        if not self.config.features:
+            return maps.new_zeros(len(maps), self.config.dim, *maps.shape[-2:]).float()
         with self.autocast():
-            return self.decoder.neck(maps.float()).float() * self.config.features
+            return self.decoder.neck(maps.float()).float()
 
     def decode(self, levels: Sequence[Tensor], grids: Sequence[tuple[int, int]], neck: Tensor,
                prompt: Prompt, matches: Sequence[Matching] | None = None) -> Decoded:
@@ -662,9 +670,8 @@ class ICAS(nn.Module):
                 matches = self.match(levels, prompt) if matches is None else matches
                 maps = relations(matches, grids, prompt, (4 * h0, 4 * w0))
             if not self.config.learned_queries:
-                last = levels[len(self.config.blocks) - 1]
                 with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                    picked = greedy_queries(last, self.config.queries)
+                    picked = greedy_queries(levels[self.config.last], self.config.queries)
             return self.decoder(neck, prompt, maps, picked)
 
 
@@ -795,8 +802,7 @@ def mask_scores(decoder: Decoder, decoded: Decoded, tokens: Tensor, prompt: Prom
                 reference_masks: Tensor | None = None) -> Scores:
     """The four scores of section 3.4. tokens (B, T, D) are the target's of the last tapped block;
     reference_masks (1, J, D) unit vectors Q_r: without them the pooled Q_ntp^0 stands in."""
-    last, content = len(decoder.config.blocks) - 1, decoded.content[-1]
-    plain = decoder.config.plain_sum
+    last, plain, content = decoder.config.last, decoder.config.plain_sum, decoded.content[-1]
     probs = decoder.class_logits(content, decoded.classes[-1]).softmax(dim=-1)
     # s, n: a mask counts by how little it is background (departure 13)
     (p_prompt, p_fg), (s, n) = probs[..., 0], 1 - probs[..., 2]
@@ -1275,7 +1281,7 @@ class Prepared:
             levels, neck = model.levels(features), model.neck(features.maps)
             decoded = model.decode(levels, model.grids(features), neck, prompt)
             masks = model.decoder.mask_logits(decoded.content[-1], decoded.pixels).sigmoid()
-            pooled.append(mask_features(masks, levels[len(model.config.blocks) - 1]))
+            pooled.append(mask_features(masks, levels[model.config.last]))
         return torch.cat(pooled, dim=1)
 
     @functools.cached_property
@@ -1476,7 +1482,7 @@ def score_parts(model: ICAS, features: Features, prompt: Prompt,
     odds = torch.stack(list(mixed.values())).mean(dim=0)
     if model.decoder is not None:
         decoded = model.decode(levels, grids, model.neck(features.maps), prompt, matches)
-        scores = mask_scores(model.decoder, decoded, levels[len(config.blocks) - 1], prompt,
+        scores = mask_scores(model.decoder, decoded, levels[config.last], prompt,
                              reference_masks)
         paper = {"S_s": scores.semantic[0], "S_s mfm": scores.semantic_mfm[0]}
         parts |= {name: torch.logit(x.clamp(0.007, 0.993)) for name, x in paper.items()}
@@ -1491,8 +1497,8 @@ def score_parts(model: ICAS, features: Features, prompt: Prompt,
         odds = odds if detail is None else odds + weight * (detail - odds)
         if detail is not None and prompt.usual < math.inf:
             # how much farther from the background than the marked image's own background is
-            far = (1.01 - m.best_bg).clamp_min(0.01).log() - math.log(0.01 + prompt.usual)
-            far = far.clamp(-2, 2).unflatten(1, grid)[None]
+            far = (1.01 - matches[-1].best_bg).clamp_min(0.01).log() - math.log(0.01 + prompt.usual)
+            far = far.clamp(-2, 2).unflatten(1, grids[-1])[None]
             parts["novelty"] = F.interpolate(far, size=size, mode="bilinear")[0, 0]
             trust = 6 * math.sqrt(weight) if prompt.good >= FEW else 3 * weight
             odds = odds + trust * parts["novelty"]

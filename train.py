@@ -402,9 +402,10 @@ class Run:
     def after(self, step: int, parts: dict[str, float], optimizer: torch.optim.Optimizer) -> None:
         """What is said, measured and kept after a step."""
         args, done, last = self.args, step + 1, step + 1 == self.steps
-        self.recent.append(parts)
-        if done % args.log_every == 0 or last:
-            self.report(done, optimizer.param_groups[0]["lr"])
+        if rank() == 0:
+            self.recent.append(parts)
+            if done % args.log_every == 0 or last:
+                self.report(done, optimizer.param_groups[0]["lr"])
         began = time.time()
         if self.held and (done % args.validate_every == 0 or last):
             self.measure(done)   # all ranks together
@@ -421,9 +422,9 @@ class Run:
         whole = time.time() - self.clock
         seconds, share = whole / len(self.recent), self.pairs.waited / whole
         images, left = 2 * self.args.batch_size / seconds, seconds * (self.steps - done) / 60
-        self.say(f"step {done:>6}/{self.steps} | loss {mean['loss']:.4f} ({losses}) | lr {rate:.1e}"
-                 f" | {1000 * seconds:.0f} ms, loader {100 * share:.0f} % | {images:.1f} images/s |"
-                 f" {left:.0f} min left")
+        say(f"step {done:>6}/{self.steps} | loss {mean['loss']:.4f} ({losses}) | lr {rate:.1e} | "
+            f"{1000 * seconds:.0f} ms, loader {100 * share:.0f} % | {images:.1f} images/s | "
+            f"{left:.0f} min left")
         self.log({"step": done, "lr": rate, "seconds_a_step": seconds, "loader_share": share,
                   "images_a_second": images, "minutes_left": left} | mean)
         self.clock, self.pairs.waited, self.recent = time.time(), 0.0, []
@@ -433,22 +434,18 @@ class Run:
         self.model.decoder.eval()
         found = validate(self.held)
         self.model.decoder.train()
+        if rank():
+            return
         rows = ", ".join(f"{name} {value:.1f}" for name, value in found.items())
-        self.say(f"step {done:>6}/{self.steps} | mean IoU {rows}")
+        say(f"step {done:>6}/{self.steps} | mean IoU {rows}")
         self.log({"step": done, "validation": found})
-        if rank() == 0 and found["S_s mfm"] > self.best:
+        if found["S_s mfm"] > self.best:
             with unless_full("best.safetensors"):
                 icas.save(self.model, self.out / "best.safetensors",
                           {"arguments": vars(self.args), "step": done, "validation": found})
                 self.best = found["S_s mfm"]
 
-    def say(self, text: str) -> None:
-        if rank() == 0:
-            say(text)
-
     def log(self, line: dict) -> None:
-        if rank():
-            return
         with unless_full("log.jsonl"), open(self.out / "log.jsonl", "a") as log:
             log.write(json.dumps(line) + "\n")
 

@@ -110,14 +110,15 @@ class FreshViews:
 
     def names(self, i: int) -> dict[str, int]:
         """label -> value, of those that entry i shows."""
-        if self.trusted:
-            names = {} if self.index[i]["clean"] else self.index[i]["names"]
-            return {name: int(value) for value, name in names.items()}
         if self.folder:
             return shown_names(self.index[i]["names"], *self.kept(i, "labels"))
         if self.fixed:
             return self.view(i).names
-        return {} if self.index[i]["clean"] else record_names(self.records[i])
+        if self.index[i]["clean"]:
+            return {}
+        if self.trusted:
+            return {name: int(value) for value, name in self.index[i]["names"].items()}
+        return record_names(self.records[i])
 
     def sort(self, workers: int) -> None:
         """Find entries by what they show, for pairs."""
