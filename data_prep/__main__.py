@@ -2,9 +2,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import importlib
 import inspect
+import signal
 import sys
+import webbrowser
 from pathlib import Path
 from typing import Iterable, Iterator
 
@@ -19,7 +23,8 @@ def arguments() -> argparse.ArgumentParser:
         prog="python -m data_prep",
         description="Make a manifest of a data set as it was downloaded. NAME --help shows the "
                     "folders that are expected; capitals don't matter.")
-    names = parser.add_subparsers(dest="name", required=True, metavar="NAME", help=", ".join(NAMES))
+    names = parser.add_subparsers(dest="name", required=True, metavar="NAME",
+                                  help=", ".join(NAMES) + "; annotate: a page to mark your own")
     for name in NAMES:
         reader = importlib.import_module(f".{name}", __package__)
         sub = names.add_parser(name, description=inspect.getdoc(reader),
@@ -31,6 +36,17 @@ def arguments() -> argparse.ArgumentParser:
         sub.add_argument("--partial", action="store_true",
                          help="accept missing files and other counts than the published ones")
         getattr(reader, "add_arguments", lambda parser: None)(sub)
+    page = names.add_parser("annotate", description="A page in the browser: mark a defect, see it "
+                            "proposed on all other pictures of FOLDER, accept or correct.")
+    page.add_argument("folder", type=Path, metavar="FOLDER", help="pictures, also in folders below")
+    page.add_argument("--out", type=Path, required=True, help="folder for all that is made; the "
+                      "same again to go on")
+    page.add_argument("--port", type=int, default=0, help="default: any free one")
+    page.add_argument("--no-browser", dest="browser", action="store_false",
+                      help="print the address, open nothing")
+    page.add_argument("--model", metavar="FILE", help="checkpoint (default: the shipped one)")
+    page.add_argument("--encoder", metavar="FILE", help="a DINOv2 of any size")
+    page.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
     return parser
 
 
@@ -66,11 +82,27 @@ def prepare(name: str, root: Path | None, out: Path, partial: bool, **extra) -> 
         print("  " + line)
 
 
+def annotate(folder: Path, out: Path, port: int, browser: bool, **options) -> None:
+    """Serve the page until Ctrl-C."""
+    from .annotate import Project, icas, serve
+    server = serve(Project(folder, out), icas.load(options.pop("model"), **options), port)
+    address = f"http://127.0.0.1:{server.server_port}/?token={server.token}"
+    print(f"{len(server.project.names)} pictures: {address}\nCtrl-C ends it", flush=True)
+    if browser:
+        webbrowser.open(address)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()
+    server.model.stop()
+    server.project.save()
+    print(f"\n{server.project.report()} shows what is in {out}")
+
+
 def main(argv: list[str] | None = None) -> int:
     args = vars(arguments().parse_args(argv))
     name = args["name"]
     try:
-        prepare(**args)
+        {"annotate": annotate}.get(args.pop("name"), functools.partial(prepare, name))(**args)
     except KeyError as error:
         print(f"data_prep: {name}: an annotation lacks {error}; are its files those that were "
               "published?", file=sys.stderr)
