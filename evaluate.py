@@ -128,6 +128,7 @@ def score(store: Store, episode: dict, peers: bool) -> dict[str, dict]:
     sum of `pixel_bins`, without a segmentation's good images and bad ones without a mask}."""
     ready, masks, found = store.shown(episode), segments(episode), {}
     apart, peers = episode.get("good", []), peers and episode.get("peers", True)
+    peers = peers and (masks or bool(episode["normals"]))
     if peers:
         find_peers = (functools.partial(segmentation_peers, store, episode) if masks else
                       detection_peers(store, episode["normals"]))
@@ -328,7 +329,8 @@ def parser() -> argparse.ArgumentParser:
     add("--figures", metavar="DIR", help="write pictures and DIR/index.html")
     add("--data", nargs="+", default=[], help="manifests, folders, elpv (development has its own)")
     add("--seeds", type=int, default=5, help="draws of prompts (default 5)")
-    add("--shots", type=int, nargs="+", help="marked prompts (default 1) or good parts (1 2 4 8)")
+    add("--shots", type=int, nargs="+", help="marked prompts (default 1) or good parts (1 2 4 8; "
+        "0: none is known)")
     add("--clicks", type=int, nargs="+", default=[1, 3, 5], help="positive, and as many negative")
     add("--prompt", choices=["anomaly", "normal", "both"], default="anomaly", help="of semantic")
     add("--normals", type=int, help="good parts beside the anomaly (semantic 1, openset 8)")
@@ -352,8 +354,7 @@ def start(args: argparse.Namespace) -> icas.ICAS:
     model = icas.load(args.model, encoder=args.encoder, device=args.device)
     given = dict(x.split("=", 1) for x in args.config)
     model.config = dataclasses.replace(model.config, **{k: json.loads(given[k]) for k in given})
-    if model.decoder is not None:
-        model.decoder.config = model.config
+    model.decoder.config = model.config
     return model
 
 
@@ -372,10 +373,10 @@ def run(args: argparse.Namespace) -> None:
                    args.normals, args.good) for name, records in sources.items()}
     for name, records in sources.items():
         check(plans.get(name, []), records)
-    files = [icas.__file__, __file__, args.model or model.decoder and icas.shipped_path()]
+    files = [icas.__file__, __file__, args.model or icas.shipped_path()]
     free = ("out", "replay", "device", "data", "seeds")   # they decide no figure of an episode
     fixed = [{k: v for k, v in vars(args).items() if k not in free}, model.kind,
-             [icas.sha256(file) for file in files if file]]
+             list(map(icas.sha256, files))]
     for name, records in sources.items():
         digest = hashlib.sha256(json.dumps([plans[name], fixed]).encode()).hexdigest()[:16]
         part = out / "parts" / f"{args.task}-{name.replace('/', '_')}-{digest}.json"

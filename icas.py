@@ -26,7 +26,8 @@ Departures from the paper's text, where it is open or where its printed form doe
  5. Layers are pre-norm; content and prompt queries have feed-forward nets of their own.
  6. The neck is two convolutions, the mask decoder two transposed ones: a ViT has one stride.
  7. Masks are pooled by each token's share, so that a mask of one pixel never vanishes.
- 8. The decoder also sees what matching without training says, pixel by pixel (`correspondence`).
+ 8. The decoder also sees what matching without training says, pixel by pixel (`correspondence`);
+    the shipped one sees nothing else, so that it works with any encoder (`features=False`).
  9. Classifiers are cosines with a learned scale; inner products saturate.
 10. Eq. 1 sums over truths and unmatched queries; the latter belong to Q_bg, at a weight of 0.1.
 11. Losses are taken at sampled points and normalised over all ranks, as in Mask2Former.
@@ -35,7 +36,8 @@ Departures from the paper's text, where it is open or where its printed form doe
 14. `segment` fuses S_s, S_s^mfm, matching of tokens and, of small marks, of a small CNN's cells at
     twice the input's side, and how far these are from all background (`detail=False`: neither).
 15. The input keeps the picture's aspect ratio, at about (image_size / 14)^2 tokens.
-16. `detect` compares tokens with good parts by nearest neighbour; S_n is left to `segment`.
+16. `detect` compares tokens with good parts by nearest neighbour, or where none is known with
+    other images (`mutual`); S_n is left to `segment`.
 """
 from __future__ import annotations
 
@@ -66,10 +68,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-__version__ = "0.9.0"
+__version__ = "0.10.0"
 __all__ = ["Batch", "Config", "Detection", "EncodedImage", "Features", "ICAS", "Prepared",
            "References", "Segmentation", "Truths", "convert", "detect", "encode", "encode_image",
-           "fit", "load", "overlay", "prepare", "save", "segment", "to_mask", "to_rgb"]
+           "fit", "load", "mutual", "overlay", "prepare", "save", "segment", "to_mask", "to_rgb"]
 
 # name: (width D, depth, heads), as Meta released them; "-reg" adds four register tokens
 ENCODERS = {"vits14": (384, 12, 6), "vitb14": (768, 12, 12), "vitl14": (1024, 24, 16),
@@ -94,7 +96,7 @@ class Config:
     ffn_dim: int = 1728             # open in the paper: ViT-L stays below half of SAM (Table 14)
     pixel_dim: int = 256            # channels of P_t
     correspondence: bool = True     # the decoder sees relation maps (departure 8)
-    features: bool = True           # and F_r, F_t: of the shipped one not, looks do not carry over
+    features: bool = True           # and F_r, F_t; the shipped one not: looks do not carry over
     relation_dim: int = 64          # width of what reads them
     plain_sum: bool = False         # S = sum_i p_i M_i and S + S^mfm, as printed (departure 12)
     temperature: float = 0.07       # of mask-level feature matching (departure 13)
@@ -118,6 +120,7 @@ class Config:
         for name, low in (least | {"debias": 0, "temperature": 1e-6}).items():
             expect(getattr(self, name) >= low, name, f"at least {low}")
         expect(self.debias < width, "debias", f"less than the encoder's width {width}")
+        expect(self.features or self.correspondence, "features", "True without correspondence")
         expect(self.dim % self.heads == self.dim % 4 == 0, "dim",
                f"a multiple of 4 and of heads={self.heads}")
 
@@ -299,11 +302,11 @@ class Prompt(NamedTuple):
     tokens: list[Tensor]      # (B, R, D) a level: unit vectors
     foreground: list[Tensor]  # (B, R) a level: share of the prompted label; 0 of good parts alone
     background: list[Tensor]  # (B, R) a level: share of what is surely not it
-    neck: tuple[Tensor, Tensor, Tensor]   # the neck's map (B, R, C) and its two shares
     fisher: list[Tensor]      # (B, D, 1) a level, see `fisher_direction`
+    usual: list[Tensor]       # (B,) a level, see `usual_distance`; infinite where it is not known
+    neck: tuple[Tensor, ...] = ()   # the neck's map (B, R, C) and its two shares, where one is
     weight: float = 0.0       # the detail's beside the blocks, see `detail_weight`
     scale: int = 1            # 2: the detail is of a picture of twice the side
-    usual: float = math.inf   # see `usual_distance`; of clicks and good parts alone infinite
     good: int = 0             # good parts among the images
 
     @property
@@ -358,9 +361,12 @@ class Decoder(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config, dim, pixel = config, config.dim, config.pixel_dim
-        width = ENCODERS[config.encoder.removesuffix("-reg")][0] * len(config.blocks)
-        self.neck = nn.Sequential(nn.Conv2d(width, dim, 1), ChannelNorm(dim),
-                                  nn.Conv2d(dim, dim, 3, padding=1), ChannelNorm(dim))
+        if config.features:
+            width = ENCODERS[config.encoder.removesuffix("-reg")][0] * len(config.blocks)
+            self.neck = nn.Sequential(nn.Conv2d(width, dim, 1), ChannelNorm(dim),
+                                      nn.Conv2d(dim, dim, 3, padding=1), ChannelNorm(dim))
+            self.up = nn.Sequential(nn.ConvTranspose2d(dim, pixel, 2, 2), ChannelNorm(pixel),
+                                    nn.GELU(), nn.ConvTranspose2d(pixel, pixel, 2, 2))
         self.type_embed = nn.Parameter(torch.randn(5, dim) * 0.02)  # content, then as in Decoded
         self.learned = nn.Parameter(torch.randn(2, dim) * 0.02)     # Q_fg, Q_bg
         if config.learned_queries:
@@ -368,32 +374,28 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(dim)
         self.mask_embed = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, pixel))
-        self.up = nn.Sequential(nn.ConvTranspose2d(dim, pixel, 2, 2), ChannelNorm(pixel), nn.GELU(),
-                                nn.ConvTranspose2d(pixel, pixel, 2, 2))
         self.class_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # departure 9
         if config.correspondence:
-            # as many maps as `relations` makes, read by pixel: their shapes do not carry over
-            wide = config.relation_dim
-            self.relation = nn.Sequential(
-                nn.Conv2d(6 * (len(config.blocks) + config.detail) + 2, wide, 1), nn.GELU(),
-                nn.Conv2d(wide, wide, 1), nn.GELU())
+            wide = config.relation_dim   # read by pixel: the maps' shapes do not carry over
+            self.relation = nn.Sequential(nn.Conv2d(RELATIONS, wide, 1), nn.GELU(),
+                                          nn.Conv2d(wide, wide, 1), nn.GELU())
             self.relation_to_memory = nn.Conv2d(wide, dim, 1)
             self.relation_to_pixels = nn.Conv2d(wide, pixel, 1)
 
-    def forward(self, neck: Tensor, prompt: Prompt, maps: Tensor | None,
+    def forward(self, neck: Tensor | None, prompt: Prompt, maps: Tensor | None,
                 picked: Tensor | None) -> Decoded:
-        """neck (B, C, H0, W0), maps of `relations` (None without correspondence), picked (B, K)
-        token indices of Q_c^0 (None of learned queries)."""
-        b, c, h0, w0 = neck.shape
-        memory, pixels = neck, self.up(neck)
+        """neck (B, C, H0, W0) (None without features), maps of `relations` (None without
+        correspondence), picked (B, K) token indices of Q_c^0 (None of learned queries)."""
+        memory, pixels = (0, 0) if neck is None else (neck, self.up(neck))
         if maps is not None:
             seen = self.relation(maps)
             memory = memory + self.relation_to_memory(F.avg_pool2d(seen, 4))
             pixels = pixels + self.relation_to_pixels(seen)
+        b, c, h0, w0 = memory.shape
         memory = rearrange(memory, "b c h w -> b (h w) c")
         # each token's place: two-dimensional sine encoding, ten turns an axis
-        rate = 10000 ** (torch.arange(c // 4, device=neck.device) / (c // 4))
-        y, x = ((torch.arange(n, device=neck.device) + 0.5)[:, None] / n * 2 * math.pi * 10 / rate
+        rate = 10000 ** (torch.arange(c // 4, device=memory.device) / (c // 4))
+        y, x = ((torch.arange(n, device=memory.device) + 0.5)[:, None] / n * 2 * math.pi * 10 / rate
                 for n in (h0, w0))
         y, x = repeat(y, "h c -> (h w) c", w=w0), repeat(x, "w c -> (h w) c", h=h0)
         memory_place = torch.cat([y.sin(), y.cos(), x.sin(), x.cos()], dim=1).to(memory.dtype)
@@ -402,8 +404,11 @@ class Decoder(nn.Module):
         else:   # tokens of F_t (Alg. 1)
             content = memory.take_along_dim(picked[..., None], dim=1)
         place = torch.zeros_like(content) if picked is None else memory_place[picked]
-        tokens, *sides = prompt.neck   # Q_p^0, Q_ntp^0; Q_fg stands for Q_p where nothing is marked
-        pooled = mask_pool(tokens, torch.stack(sides, dim=1).to(tokens.dtype))
+        pooled = memory.new_zeros(1, 2, c)   # Q_p^0, Q_ntp^0; without features their kind alone
+        if prompt.neck:
+            tokens, *sides = prompt.neck
+            pooled = mask_pool(tokens, torch.stack(sides, dim=1).to(tokens.dtype))
+        # Q_fg stands for Q_p where nothing is marked
         wanted = torch.where(prompt.marked[:, None, None] > 0, pooled[:, :1], self.learned[0])
         queries = (wanted, pooled[:, 1:], *self.learned[:, None, None])
         x = torch.cat([content, *(q.expand(b, -1, -1) for q in queries)], dim=1)
@@ -468,16 +473,28 @@ def match_tokens(target: Tensor, prompt: Prompt, level: int) -> Matching:
     return Matching(best_fg * marked, best_bg, mean_fg * marked, mean_bg, fisher * marked)
 
 
-def usual_distance(tokens: Tensor, background: Tensor) -> float:
-    """Cosine distance to the nearest other one that 1 % of an image's own background tokens exceed,
-    neighbours apart: tokens (1, H0 W0, D) unit vectors, background (H0, W0) bool."""
-    place, own = background.nonzero(), tokens[0, background.flatten()]   # n 2, n d
-    if not len(own):
-        return 1.0
-    some = torch.linspace(0, len(own) - 1, min(600, len(own)), device=own.device).long()
-    near = (place[some, None] - place).abs().amax(dim=-1) <= round(max(background.shape) / 13)
-    best = (own[some] @ own.mT).masked_fill(near, -1).amax(dim=1)
-    return 1 - float(best.float().quantile(0.01))
+def usual_distance(tokens: Tensor, sides: Tensor) -> Tensor:
+    """(B,) cosine distance to the nearest other one that 1 % of an image's own background tokens
+    exceed, neighbours apart; infinite where nothing is marked or less than a quarter is background.
+    tokens (B, H0 W0, D) unit vectors; sides (B, 2, H0, W0) shares of the defect, of what is not."""
+    usual, apart = [], round(max(sides.shape[-2:]) / 13)
+    for x, (inside, outside) in zip(tokens, sides):
+        place, own = (outside > 0.999).nonzero(), x[outside.flatten() > 0.999]   # n 2, n d
+        if 4 * len(own) < len(x) or not inside.any():
+            usual.append(math.inf)
+            continue
+        some = torch.linspace(0, len(own) - 1, min(600, len(own)), device=own.device).round().long()
+        near = (place[some, None] - place).abs().amax(dim=-1) <= apart
+        best = (own[some] @ own.mT).masked_fill(near, -1).amax(dim=1)
+        usual.append(1 - float(best.float().quantile(0.01)))
+    return torch.tensor(usual, device=tokens.device)
+
+
+def beyond_usual(best_bg: Tensor, usual: Tensor) -> Tensor:
+    """(B, T) log of how much farther than `usual` (B,) tokens are from the background, in [-2, 2];
+    0 where that is infinite."""
+    far = (1.01 - best_bg).clamp_min(0.01).log() - (0.01 + usual[:, None]).log()
+    return torch.where(usual[:, None].isinf(), 0.0, far.clamp(-2, 2))
 
 
 def fisher_direction(reference: Tensor, foreground: Tensor, background: Tensor) -> Tensor:
@@ -496,23 +513,28 @@ def fisher_direction(reference: Tensor, foreground: Tensor, background: Tensor) 
     return direction / (gap * direction).sum(dim=1, keepdim=True).clamp_min(1e-6)
 
 
+RELATIONS = 16   # maps that `relations` makes
+
+
 def relations(matches: Sequence[Matching], grids: Sequence[tuple[int, int]], prompt: Prompt,
-              size: Sequence[int]) -> Tensor:
-    """(B, 6 * levels + 2, *size) float32, of order one: what matching says of each level's grid
-    (departure 8), also standardised within the picture. Of good parts alone the foreground's are 0;
-    margins say what is far from them."""
+              size: Sequence[int], blocks: int) -> Tensor:
+    """(B, RELATIONS, *size) float32, of order one: what matching says (departure 8) on the average
+    of the first `blocks` levels, then on the detail (0 without), also standardised within the
+    picture. Of good parts alone the foreground's are 0; margins say what is far from them."""
     maps, marked = [], prompt.marked[:, None]
-    for m, grid in zip(matches, grids):
+    for m, usual, grid in zip(matches, prompt.usual, grids):
         margin = m.best_fg - m.best_bg
         free = torch.stack([margin, m.fisher, 1 - m.best_bg], dim=1)                    # b 3 t
         free = free - free.mean(dim=2, keepdim=True)
         free = free / (free.std(dim=2, keepdim=True, correction=0) + 1e-3)
-        own = torch.stack([4 * margin, 4 * (m.mean_fg - m.mean_bg), m.fisher], dim=1)
+        own = torch.stack([4 * margin, 4 * (m.mean_fg - m.mean_bg), m.fisher,
+                           beyond_usual(m.best_bg, usual)], dim=1)
         maps.append(F.interpolate(torch.cat([own, free], dim=1).unflatten(2, grid), size=size,
                                   mode="bilinear"))
     area = (prompt.foreground[0].mean(dim=1, keepdim=True) + 1e-4).log10() * marked
-    both = torch.stack([marked, area], dim=1)[..., None].float()
-    return torch.cat([*maps, both.expand(-1, -1, *size)], dim=1)
+    both = torch.stack([marked, area], dim=1)[..., None].float().expand(-1, -1, *size)
+    detail = maps[-1] if len(maps) > blocks else torch.zeros_like(maps[0])
+    return torch.cat([sum(maps[:blocks]) / blocks, detail, both], dim=1)
 
 
 # ---- 3.2 Objective -------------------------------------------------------------------------------
@@ -588,13 +610,13 @@ class Features:
 
 
 class ICAS(nn.Module):
-    """Frozen encoders and, where one is trained for them, the decoder. `load` makes one."""
+    """Frozen encoders and the decoder. `load` makes one."""
 
-    def __init__(self, config: Config = Config(), decoder: bool = True):
+    def __init__(self, config: Config = Config()):
         super().__init__()
         self.config, self.encoder = config, Encoder(config.encoder, config.patch_size)
         self.detail = Detail() if config.detail else None
-        self.decoder = Decoder(config) if decoder else None
+        self.decoder = Decoder(config)
         self.encoder_sha256 = ""  # of the file that the encoder came from; set by `load`
         self.kept: dict[tuple, list[Tensor]] = {}   # positional bases of token grids
 
@@ -655,23 +677,31 @@ class ICAS(nn.Module):
         with self.autocast():
             return [match_tokens(x, prompt, level) for level, x in enumerate(tokens)]
 
-    def neck(self, maps: Tensor) -> Tensor:   # (B, C, H0, W0) float32; 0 without features
+    def neck(self, maps: Tensor) -> list[Tensor]:
+        """The neck's map as (B, H0 W0, C) float32 tokens; without features no map."""
         if not self.config.features:
-            return maps.new_zeros(len(maps), self.config.dim, *maps.shape[-2:]).float()
+            return []
         with self.autocast():
-            return self.decoder.neck(maps.float()).float()
+            return [rearrange(self.decoder.neck(maps.float()).float(), "b c h w -> b (h w) c")]
 
-    def decode(self, levels: Sequence[Tensor], grids: Sequence[tuple[int, int]], neck: Tensor,
-               prompt: Prompt, matches: Sequence[Matching] | None = None) -> Decoded:
-        """The decoder's view of B targets against one prompt; their `levels`, `matches` of each."""
-        maps, picked, (h0, w0) = None, None, neck.shape[-2:]
+    def decode(self, features: Features, levels: Sequence[Tensor], prompt: Prompt,
+               matches: Sequence[Matching] | None = None, jitter: Tensor | None = None) -> Decoded:
+        """The decoder's view of B targets against one prompt; their `levels`, `matches` of each.
+        jitter (B, 2, RELATIONS): a gain and a shift of each relation map, in training."""
+        c, neck, maps, picked, grid = self.config, None, None, None, features.maps.shape[-2:]
         with self.autocast():
-            if self.config.correspondence:
+            if c.features:
+                neck = self.decoder.neck(features.maps.float())
+            if c.correspondence:
                 matches = self.match(levels, prompt) if matches is None else matches
-                maps = relations(matches, grids, prompt, (4 * h0, 4 * w0))
-            if not self.config.learned_queries:
+                maps = relations(matches, self.grids(features, prompt.scale), prompt,
+                                 [4 * n for n in grid], len(c.blocks))
+                if jitter is not None:
+                    gain, shift = jitter[..., None, None].unbind(dim=1)
+                    maps = maps * gain + shift
+            if not c.learned_queries:
                 with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                    picked = greedy_queries(levels[self.config.last], self.config.queries)
+                    picked = greedy_queries(levels[c.last], c.queries)
             return self.decoder(neck, prompt, maps, picked)
 
 
@@ -690,8 +720,8 @@ class Batch(NamedTuple):
     reference: Features      # of B * S images, the S shots of a pair side by side
     sides: list[Tensor]      # (B, S, 2, h, w) at each of its grids: share of the prompted label,
     #                          share of what is surely not it
-    hidden: Tensor           # (B,) 1.0 where the decoder sees relations alone, which carry over
     truths: list[Truths]     # segments of each target
+    jitter: Tensor | None = None   # see `ICAS.decode`
 
 
 def loss_totals(batch: Batch, config: Config) -> Tensor:
@@ -708,22 +738,22 @@ def pair_loss(model: ICAS, batch: Batch, generator: torch.Generator,
               totals: Tensor | None = None) -> dict[str, Tensor]:
     """Loss parts of one batch of pairs, to be summed; totals: `loss_totals` over all ranks."""
     totals = loss_totals(batch, model.config) if totals is None else totals
-    b, (h0, w0) = len(batch.truths), batch.target.maps.shape[-2:]
-    seen, blocks = (1 - batch.hidden)[:, None, None], len(model.config.blocks)
-    neck, shown = model.neck(torch.cat([batch.target.maps, batch.reference.maps])).tensor_split([b])
+    b, (h0, w0), blocks = len(batch.truths), batch.target.maps.shape[-2:], len(model.config.blocks)
     pool = functools.partial(rearrange, pattern="(b s) t d -> b (s t) d", b=b)
-    tokens = [pool(t) for t in model.levels(batch.reference)]
-    sides = [rearrange(side, "b s n h w -> n b (s h w)").unbind() for side in batch.sides]
-    sides = [sides[0]] * blocks + sides[1:][:model.config.detail]
-    shown = pool(rearrange(shown, "n c h w -> n (h w) c")) * seen
-    prompt = Prompt(tokens, *map(list, zip(*sides)), (shown, *sides[0]),
-                    [fisher_direction(t, *side) for t, side in zip(tokens, sides)])
-    decoded = model.decode(model.levels(batch.target), model.grids(batch.target),
-                           neck * seen[..., None], prompt)
+    tokens, neck = (list(map(pool, t)) for t in (model.levels(batch.reference),
+                                                 model.neck(batch.reference.maps)))
+    grids = [batch.sides[0]] * blocks + batch.sides[1:][:model.config.detail]
+    sides = [rearrange(side, "b s n h w -> n b (s h w)").unbind() for side in grids]
+    directions = [fisher_direction(t, *side) for t, side in zip(tokens, sides)]
+    usual = [usual_distance(t[:, :side[0, 0, 0].numel()], side[:, 0])   # of the first shot
+             for t, side in zip(tokens, grids)]
+    prompt = Prompt(tokens, *map(list, zip(*sides)), directions, usual,
+                    (*neck, *sides[0]) if neck else ())
+    decoded = model.decode(batch.target, model.levels(batch.target), prompt, jitter=batch.jitter)
     # one pixel of every 2 x 2: sampled points that miss no defect of two pixels (departure 11)
     y, x = (2 * torch.arange(2 * n)[:, None] + torch.randint(2, (2 * n, 2 * m), generator=generator)
             for n, m in ((h0, w0), (w0, h0)))
-    points = (y * 4 * w0 + x.T).flatten().to(neck.device)
+    points = (y * 4 * w0 + x.T).flatten().to(tokens[0].device)
     return objective(model.decoder, decoded, prompt.marked, batch.truths, points, totals)
 
 
@@ -737,10 +767,8 @@ def fit(model: ICAS, batches: Callable[[int], Batch | Sequence[Batch]], *, steps
     sees what it would have; of several batches, or of several ranks' under torch.distributed, the
     losses are divided by what all hold. lr is AdamW's: up linearly, then down to 0 at `steps`.
     callback(i, {"loss": its sum, part: each}, optimizer) ends the training by a true result.
-    Returns the model in eval mode. ValueError: no decoder, or a loss or gradient not finite.
+    Returns the model in eval mode. ValueError: a loss or gradient is not finite.
     """
-    if model.decoder is None:
-        raise ValueError("model: has no decoder to train; make one with ICAS(Config(...))")
     optimizer = optimizer or make_optimizer(model.decoder, lr, weight_decay)
     parameters, dist = list(model.decoder.parameters()), torch.distributed
     add_ranks = dist.all_reduce if dist.is_initialized() else lambda tensor: None   # in place
@@ -1221,29 +1249,30 @@ def thin(tokens: Tensor, sides: Tensor, turn: int, most: int) -> tuple[Tensor, T
 
 def pool_shots(model: ICAS, shots: Sequence[Shot]) -> Prompt:
     """All shots as one prompt, B = 1: tokens together, whatever their order (departure 7)."""
-    trained, views, usual = model.decoder is not None, [], []
+    views, usual, blocks, detail = [], [], len(model.config.blocks), int(model.config.detail)
     weight = detail_weight([float(s.sides[0][0].sum()) for s in shots if s.label])
     scale = 2 if model.config.detail and weight > 0.1 else 1
-    most = [max(16, CAP // len(shots))] * (trained + len(model.config.blocks))
-    most.append(min(most[0], 1 << 14) // scale ** 2)
+    most = max(16, CAP // len(shots))
+    limits = [most] * blocks + [min(most, 1 << 14) // scale ** 2] * detail + [most]
     for shot in shots:
         features = shot.features.to(model.device, torch.float32)
         tokens, (coarse, *fine) = model.levels(features, scale), shot.sides
-        sides = [coarse] * len(model.config.blocks) + [fine[scale - 1]] * model.config.detail
+        sides = [coarse] * blocks + [fine[scale - 1]] * detail + [coarse]
         sides = [s.to(model.device) for s in sides]
         if shot.label and shot.image and not shot.turn:
-            usual.append(usual_distance(tokens[-1], sides[-1][1] > 0.999))
-        if trained:   # one more level, for Q_p^0 and Q_ntp^0
-            tokens.insert(0, rearrange(model.neck(features.maps), "b c h w -> b (h w) c"))
-            sides.insert(0, sides[0])
-        views.append([thin(t, s.flatten(1), shot.turn, n) for t, s, n in zip(tokens, sides, most)])
+            usual.append([usual_distance(t, s[None]) for t, s in zip(tokens, sides)])
+        tokens += model.neck(features.maps)   # a level more, for Q_p^0 and Q_ntp^0
+        views.append([thin(t, s.flatten(1), shot.turn, n)
+                      for t, s, n in zip(tokens, sides, limits)])
     joined = [[torch.cat(x, dim=1) for x in zip(*level)] for level in zip(*views)]
-    neck, *levels = [(tokens, *sides[:, None]) for tokens, sides in joined]
-    levels = levels if trained else [neck, *levels]
+    levels = [(tokens, *sides[:, None]) for tokens, sides in joined]
+    levels, neck = levels[:blocks + detail], levels[blocks + detail:]
     directions = [fisher_direction(*level) for level in levels]
-    usual = float(np.mean(usual)) if usual else math.inf
+    unknown = [torch.full((1,), math.inf, device=model.device)] * len(levels)
+    usual = [torch.stack(u).mean(dim=0) for u in zip(*(usual or [unknown]))]
     good = len({shot.image for shot in shots if not shot.label})
-    return Prompt(*map(list, zip(*levels)), neck, directions, weight, scale, usual, good)
+    return Prompt(*map(list, zip(*levels)), directions, usual, neck[0] if neck else (), weight,
+                  scale, good)
 
 
 def detail_weight(marked: Sequence[float]) -> float:
@@ -1257,10 +1286,11 @@ class Prepared:
     """References ready for many calls: `prepare` makes it. What is not asked for is not made."""
     model: ICAS
     references: References
+    mutual: bool = False   # the good parts are any pictures, see `mutual`
     made: dict[str, Prompt] = field(default_factory=dict)
 
     def join(self, more: References) -> "Prepared":   # for one call: what it makes is not kept
-        return Prepared(self.model, self.references + more) if more.shots else self
+        return replace(self, references=self.references + more, made={}) if more.shots else self
 
     def prompt(self, label: str) -> Prompt:
         """Of a label's marked shots with all good parts; "" is of good parts alone."""
@@ -1273,13 +1303,13 @@ class Prepared:
     def reference_masks(self) -> Tensor | None:
         """Q_r (1, J, D): features under the masks predicted in 100 good parts (Sec. 3.4)."""
         model, normals, pooled = self.model, self.references.normals, []
-        if not normals or model.decoder is None:
+        if not normals:
             return None
         prompt, lying = pool_shots(model, normals), [s for s in normals if not s.turn]
         for shot in lying[::math.ceil(len(lying) / 100)]:
             features = shot.features.to(model.device, torch.float32)
-            levels, neck = model.levels(features), model.neck(features.maps)
-            decoded = model.decode(levels, model.grids(features), neck, prompt)
+            levels = model.levels(features)
+            decoded = model.decode(features, levels, prompt)
             masks = model.decoder.mask_logits(decoded.content[-1], decoded.pixels).sigmoid()
             pooled.append(mask_features(masks, levels[model.config.last]))
         return torch.cat(pooled, dim=1)
@@ -1288,7 +1318,7 @@ class Prepared:
     def good(self) -> GoodParts:
         check(self.references.normals, "normals: detect needs at least one good part; pass normals="
               "[image] (--normal IMAGE), or use segment for marked defects")
-        return learn_good(self.model, self.references.normals)
+        return learn_good(self)
 
 
 @torch.inference_mode()
@@ -1303,6 +1333,24 @@ def prepare(references: References, *, model: ICAS | None = None) -> Prepared:
           f"{brief(references)}; pass pictures in anomalies= and normals=", TypeError)
     check_kind("references", references.kind if references.shots else model.kind, model.kind)
     return Prepared(model, references)
+
+
+@torch.inference_mode()
+def mutual(images: Sequence, *, value_range: Sequence[float] | None = None,
+           model: ICAS | None = None) -> Prepared:
+    """For `detect` where no good part is known: 31 of the images at random, of which it compares
+    each image with the others (mutual scoring, MuSc). Most of the images should be good.
+    ValueError: fewer than six of them can be read."""
+    model, shots, sides = check_model(model), [], torch.tensor([0.0, 1.0])[:, None, None]
+    for i in np.random.default_rng(0).permutation(len(images)).tolist():
+        with contextlib.suppress(ValueError, FileNotFoundError):   # `detect` will name it
+            seen = encode_image(images[i], value_range=value_range, model=model)
+            shots.append(make_shot(seen.features, sides, "", str(i)))
+        if len(shots) == 31:
+            break
+    check(len(shots) >= 6, "normals: none given, and to compare images with each other takes at "
+          f"least six that can be read, got {len(shots)}; pass normals=[image] (--normal IMAGE)")
+    return Prepared(model, References(shots, model.kind), mutual=True)
 
 
 def each_image(images: Any, model: ICAS, find: Callable[[EncodedImage], Any]) -> Any:
@@ -1480,28 +1528,24 @@ def score_parts(model: ICAS, features: Features, prompt: Prompt,
         mixed[name] = (2 * nearest + fisher) / 3
     detail = mixed.pop("detail", None)
     odds = torch.stack(list(mixed.values())).mean(dim=0)
-    if model.decoder is not None:
-        decoded = model.decode(levels, grids, model.neck(features.maps), prompt, matches)
-        scores = mask_scores(model.decoder, decoded, levels[config.last], prompt,
-                             reference_masks)
-        paper = {"S_s": scores.semantic[0], "S_s mfm": scores.semantic_mfm[0]}
-        parts |= {name: torch.logit(x.clamp(0.007, 0.993)) for name, x in paper.items()}
-        odds = odds + 0.15 * (parts["S_s"] + parts["S_s mfm"])
-        if config.plain_sum:
-            odds = torch.logit(sum(paper.values()).clamp(1e-4, 1 - 1e-4))
-        if every:
-            parts |= {"S_n": torch.logit(scores.normal[0], 1e-4),
-                      "S_n mfm": torch.logit(scores.normal_mfm[0], 1e-4)}
-    if not (config.plain_sum and model.decoder):
-        weight = prompt.weight if weight is None else weight
-        odds = odds if detail is None else odds + weight * (detail - odds)
-        if detail is not None and prompt.usual < math.inf:
-            # how much farther from the background than the marked image's own background is
-            far = (1.01 - matches[-1].best_bg).clamp_min(0.01).log() - math.log(0.01 + prompt.usual)
-            far = far.clamp(-2, 2).unflatten(1, grids[-1])[None]
-            parts["novelty"] = F.interpolate(far, size=size, mode="bilinear")[0, 0]
-            trust = 6 * math.sqrt(weight) if prompt.good >= FEW else 3 * weight
-            odds = odds + trust * parts["novelty"]
+    decoded = model.decode(features, levels, prompt, matches)
+    scores = mask_scores(model.decoder, decoded, levels[config.last], prompt, reference_masks)
+    paper = {"S_s": scores.semantic[0], "S_s mfm": scores.semantic_mfm[0]}
+    parts |= {name: torch.logit(x.clamp(0.007, 0.993)) for name, x in paper.items()}
+    if every:
+        parts |= {"S_n": torch.logit(scores.normal[0], 1e-4),
+                  "S_n mfm": torch.logit(scores.normal_mfm[0], 1e-4)}
+    if config.plain_sum:
+        return parts | {"icas": torch.logit(sum(paper.values()).clamp(1e-4, 1 - 1e-4))}
+    odds = odds + 0.15 * (parts["S_s"] + parts["S_s mfm"])
+    weight = prompt.weight if weight is None else weight
+    odds = odds if detail is None else odds + weight * (detail - odds)
+    if detail is not None and prompt.usual[-1].isfinite():
+        # how much farther from the background than the marked image's own background is
+        far = beyond_usual(matches[-1].best_bg, prompt.usual[-1]).unflatten(1, grids[-1])
+        parts["novelty"] = F.interpolate(far[None], size=size, mode="bilinear")[0, 0]
+        trust = 1 + (5 * math.sqrt(weight) if prompt.good >= FEW else 2 * weight)
+        odds = odds + trust * parts["novelty"]
     return parts | {"icas": odds}
 
 
@@ -1595,8 +1639,8 @@ def check_threshold(threshold: float | None) -> float:
 class Detection(Marked):
     """What `detect` says of one image; `dataclasses.replace(it, threshold=t)` judges it anew. The
     unit of scores, map and threshold is what an unseen good part scores, on average."""
-    score: float            # mean of the top 1 % of tokens, of the level where it is highest
-    maps: np.ndarray        # (1, H, W) float32 as computed: the largest of the levels
+    score: float            # mean of the top 1 % of tokens, weighed over the levels
+    maps: np.ndarray        # (1, H, W) float32 as computed: weighed mean of the levels
     shape: tuple[int, int]  # (h, w) of the image
     threshold: float        # from the good parts alone
     parts: dict[str, float] = field(default_factory=dict)   # the score by each level, if asked for
@@ -1622,62 +1666,104 @@ class Detection(Marked):
 
 
 class GoodParts(NamedTuple):
-    """What good parts look like, level by level."""
+    """What good parts look like, level by level; of `mutual` pictures, most of which are good."""
     bank: list[Tensor]      # (1, R, D): their tokens, unit vectors
-    typical: np.ndarray     # (levels,) mean score of an unseen good part, in cosine distance
+    owner: list[Tensor]     # (R,): which part a token is of
+    typical: np.ndarray     # (levels,) median score of an unseen good part, in cosine distance
+    weights: np.ndarray     # (levels,) of sum 1: a level where good parts lie far apart says less
     scores: np.ndarray      # (k,) of the good parts themselves, each against the others
 
 
 def detect_levels(model: ICAS, features: Features) -> dict[str, tuple[Tensor, tuple[int, int]]]:
-    """Name -> unit tokens (1, T, D), grid: tapped blocks, and the detail at strides 8 and 16."""
+    """Name -> unit tokens (1, T, D), grid: tapped blocks, and the detail at strides 8 and 16, of
+    the picture and, on the same grid, of that at twice the side."""
     names = [f"block {block}" for block in model.config.blocks]
     found = {name: (tokens, features.maps.shape[-2:])
              for name, tokens in zip(names, model.tokens(features.maps))}
     if model.config.detail:
-        found["detail"] = unit_tokens(features.detail[:, 24:]), features.detail.shape[-2:]
+        for name, x in (("detail", features.detail[:, 24:]), ("fine detail", F.avg_pool2d(
+                model.look_closer(features)[:, 24:].float(), 2))):
+            found[name] = unit_tokens(x), x.shape[-2:]
     return found
 
 
-def novelty(model: ICAS, tokens: Tensor, bank: Tensor) -> Tensor:
-    """(T,) 1 - best cosine of (1, T, D) unit tokens to (1, R, D)."""
-    with model.autocast():
-        return 1 - best_cosine(tokens, bank, bank.new_ones(bank.shape[:2], dtype=torch.bool))[0]
+def novelty(ready: Prepared, tokens: Tensor, bank: Tensor, owner: Tensor, leave: int) -> Tensor:
+    """(T,) 1 - best cosine of (1, T, D) unit tokens to (1, R, D), of all parts but one; of `mutual`
+    pictures the mean over the nearest 30 % of them (MuSc), for some are bad."""
+    with ready.model.autocast():
+        if not ready.mutual:
+            return 1 - best_cosine(tokens, bank, (owner != leave)[None])[0]
+        best = torch.stack([best_cosine(tokens, bank, (owner == i)[None])[0]
+                            for i in owner.unique().tolist() if i != leave])
+    return 1 - best.topk(max(1, round(0.3 * len(best))), dim=0).values.mean(dim=0)
 
 
-def learn_good(model: ICAS, shots: Sequence[Shot]) -> GoodParts:
-    """Leave-one-out over good parts, 40 at most; two halves of a single one stand for two parts."""
-    pieces, most = 2 if len({shot.image for shot in shots}) == 1 else 1, max(16, CAP // len(shots))
-    parts: dict[tuple, list] = {}   # part -> (each level's kept tokens; if it lies, all) a view
+BANK = 1 << 14   # tokens of a level that all good parts keep together: 40 cost what 8 do
+
+
+def learn_good(ready: Prepared) -> GoodParts:
+    """What the good parts show. Of up to four, copies turned by 45 degrees count too if they
+    bring a part that is left out 15 % nearer, where parts lie as they happen to. Of one they
+    always do, and stand for a second part."""
+    model, shots = ready.model, ready.references.normals
+    images = list(dict.fromkeys(shot.image for shot in shots))
+    one, views = len(images) == 1, []
     for shot in shots:
-        features = shot.features.to(model.device, torch.float32)
+        views.append((int(shot.turn > 0) if one else images.index(shot.image), shot.turn,
+                      shot.features))
+    known = None if one else leave_one_out(ready, views)
+    if one or len(images) <= 4 and any(shot.turn for shot in shots):
+        for part, _, features in [view for view in views if view[1] == 0]:
+            pixels = rearrange(features.picture[0], "c h w -> h w c").cpu().numpy()
+            for angle in range(45, 360, 45):
+                turned = scipy.ndimage.rotate(pixels, angle, reshape=False, order=1, mode="reflect")
+                seen = encode_pixels(torch.from_numpy(turned), pixels.shape[:2], model)
+                views.append((part + one, angle, seen.features))
+        turning = leave_one_out(ready, views)
+        known = turning if one or np.median(known.typical / turning.typical) > 1.15 else known
+    return known
+
+
+def leave_one_out(ready: Prepared, views: Sequence[tuple[int, int, Features]]) -> GoodParts:
+    """Of views (part, turn, features) each part, 40 at most, against the others."""
+    model, bank, own, most = ready.model, [], [], max(16, BANK // len(views))
+    for part, turn, features in views:
+        features = features.to(model.device, torch.float32)
         levels = [t for t, _ in detect_levels(model, features).values()]
-        kept = [thin(t, t.new_zeros(2, t.shape[1]), shot.turn, most)[0] for t in levels]
-        for i in range(pieces):
-            view = [[t.tensor_split(pieces, dim=1)[i] for t in tokens]
-                    for tokens in (kept, levels if shot.turn == 0 else [])]
-            parts.setdefault((shot.image, i), []).append(view)
-    tops = []
-    for part in [*list(parts)[::math.ceil(len(parts) / 40)], None]:   # at last nothing is left out
-        known = [kept for other, views in parts.items() if other != part for kept, _ in views]
-        bank = [torch.cat(level, dim=1) for level in zip(*known)]
-        tops += [[float(top_share(novelty(model, t, b))) for t, b in zip(levels, bank)]
-                 for _, levels in parts.get(part, []) if levels]
+        kept = [thin(t, t.new_zeros(2, t.shape[1]), turn, most)[0] for t in levels]
+        bank.append([(t, torch.full(t.shape[1:2], part, device=t.device)) for t in kept])
+        own += [(part, levels)] if turn == 0 else []
+    bank, owner = zip(*((torch.cat(t, dim=1), torch.cat(parts))
+                        for t, parts in (zip(*level) for level in zip(*bank))))
+    tops = [[float(top_share(novelty(ready, *level, part))) for level in zip(levels, bank, owner)]
+            for part, levels in own[::math.ceil(len(own) / 40)]]
     x = np.maximum(tops, 1e-3)                                                   # k levels
-    return GoodParts(bank, x.mean(axis=0), (x / x.mean(axis=0)).max(axis=1))
+    typical = np.median(x, axis=0)
+    weights = typical ** -2 / (typical ** -2).sum()
+    return GoodParts(bank, owner, typical, weights, x / typical @ weights)
 
 
 def good_maps(ready: Prepared, features: Features) -> dict[str, Tensor]:
     """(H, W) map of each level, in units of what unseen good parts score."""
-    levels = detect_levels(ready.model, features).items()
-    return {name: novelty(ready.model, tokens, bank).view(grid) / typical
-            for (name, (tokens, grid)), bank, typical in zip(levels, *ready.good[:2])}
+    itself = -1   # of `mutual` pictures one is not compared with itself
+    if ready.mutual:
+        same = [torch.equal(s.features.picture, features.picture) for s in ready.references.normals]
+        itself = same.index(True) if any(same) else -1
+    return {name: novelty(ready, tokens, bank, owner, itself).view(grid) / typical
+            for (name, (tokens, grid)), bank, owner, typical in zip(
+                detect_levels(ready.model, features).items(), *ready.good[:3])}
 
 
-def most_novel(maps: dict[str, Tensor], features: Features) -> Tensor:
-    """(4 H0, 4 W0) largest of `good_maps`: which level is right differs from part to part."""
-    size = [4 * n for n in features.maps.shape[-2:]]
-    return torch.cat([F.interpolate(m[None, None], size=size, mode="bilinear")[0]
-                      for m in maps.values()]).amax(dim=0)
+def all_levels(ready: Prepared, maps: dict[str, Tensor], features: Features) -> Tensor:
+    """(4 H0, 4 W0) weighed mean of `good_maps`, for which level is right differs from part to part;
+    scaled, so that the mean of its top 1 % is that of theirs: the levels peak at other places."""
+    size, levels = [4 * n for n in features.maps.shape[-2:]], zip(ready.good.weights, maps.values())
+    score, whole = 0.0, 0.0
+    for weight, x in levels:
+        score = score + float(weight) * top_share(x)
+        larger = F.interpolate(x[None, None], size=size, mode="bilinear")[0, 0]
+        whole = whole + float(weight) * larger
+    return whole * (score / top_share(whole).clamp_min(1e-6))   # 0 of a good part itself
 
 
 RATE = 0.08   # false positive rate of `detect` by default
@@ -1703,9 +1789,9 @@ def upper_limit(scores: Sequence[float], rate: float) -> float:
 
 
 def beyond_good(ready: Prepared, features: Features, rate: float) -> Tensor:
-    """(4 H0, 4 W0) `most_novel`, in units of what unseen good parts exceed at the rate."""
+    """(4 H0, 4 W0) `all_levels`, in units of what unseen good parts exceed at the rate."""
     limit = upper_limit(ready.good.scores, rate)
-    return most_novel(good_maps(ready, features), features) / limit
+    return all_levels(ready, good_maps(ready, features), features) / limit
 
 
 def false_positives(scores: Sequence[float], threshold: float) -> float:
@@ -1720,8 +1806,9 @@ def detect(images: Any, references: References | Prepared | None = None, *, norm
            model: ICAS | None = None) -> Detection | list[Detection]:
     """Say which images are anomalous, from a few good parts (few-shot detection, Sec. 3.4).
 
-    images  as in `segment`; references, normals as in `encode`, with at least one good part. What
-            is marked among the references is left to `segment`.
+    images  as in `segment`; references, normals as in `encode`. What is marked among them is left
+            to `segment`. Without a good part each of at least six images is compared with others,
+            on the assumption that most are good (`mutual`).
     false_positive_rate  in (0, 1): share of good parts that may be called anomalous.
     parts   fill `Detection.parts` too: the score by each level.
     Raises ValueError, TypeError or FileNotFoundError that names the argument.
@@ -1730,13 +1817,16 @@ def detect(images: Any, references: References | Prepared | None = None, *, norm
     """
     ready = prepare(References() if references is None else references, model=model)
     ready = ready.join(encode(normals=normals, model=ready.model))
+    if not ready.references.normals and isinstance(images, (list, tuple)):
+        ready = mutual(images, model=ready.model)
     threshold = upper_limit(ready.good.scores, false_positive_rate)
 
     def find(image: EncodedImage) -> Detection:
         maps = good_maps(ready, image.features)
-        tops = {name: float(top_share(m)) for name, m in maps.items()}
-        far = most_novel(maps, image.features)[None].cpu().numpy()
-        return Detection(max(tops.values()), far, image.shape, threshold, tops if parts else {})
+        far = all_levels(ready, maps, image.features)
+        tops = {name: float(top_share(m)) for name, m in maps.items()} if parts else {}
+        return Detection(float(top_share(far)), far[None].cpu().numpy(), image.shape, threshold,
+                         tops)
     return each_image(images, ready.model, find)
 
 
@@ -1784,10 +1874,9 @@ def read_file(path: str | os.PathLike, name: str, form: str = "") -> tuple[dict,
 
 def save(model: ICAS, path: str | os.PathLike, training: dict | None = None) -> None:
     """Write decoder (fp16), config, training record and the encoder's SHA-256 to one file."""
-    check(model.decoder, "model: has no decoder to save; make one with ICAS(Config(...))")
     tensors = {k.replace("_orig_mod.", ""): v.half().contiguous().cpu()
                for k, v in model.decoder.state_dict().items()}
-    write_file(path, tensors, {"format": "icas-3", "config": json.dumps(asdict(model.config)),
+    write_file(path, tensors, {"format": "icas-4", "config": json.dumps(asdict(model.config)),
                                "encoder_sha256": model.encoder_sha256, "version": __version__,
                                "training": json.dumps(training or {})})
 
@@ -1797,10 +1886,10 @@ def load(path: str | os.PathLike | None = None, *, encoder: str | os.PathLike | 
          device: str | torch.device | None = None, compile: bool = False) -> ICAS:
     """A model in eval mode; by default the shipped one. Never touches the network.
 
-    path     checkpoint. By default the shipped one, or with another `encoder` none: then `detect`
-             works in full, `segment` by matching alone, and a warning says so.
+    path     checkpoint; by default the shipped one.
     encoder  a released DINOv2 (S, B, L, g, with or without registers), as `convert` takes it; by
-             default the one that the checkpoint was trained with, beside it. `path` takes no other.
+             default the one that the checkpoint was trained with, beside it. A decoder that reads
+             features takes no other; the shipped one reads relations alone, and takes any.
     device   "cpu", "cuda", "cuda:1", "mps"; by default CUDA if there is one, else the CPU.
     compile  torch.compile encoder and decoder in place: pays on a GPU with images of one size.
     Raises FileNotFoundError or ValueError for a missing, truncated, foreign or newer file.
@@ -1808,17 +1897,8 @@ def load(path: str | os.PathLike | None = None, *, encoder: str | os.PathLike | 
     device, own = check_device(device), None
     with contextlib.suppress(FileNotFoundError):   # a copied icas.py may have no shipped one
         own = shipped_path()
-    found = sha256(encoder) if encoder is not None and Path(encoder).is_file() else ""
-    if path is None and encoder is not None and not (
-            own and read_file(own, "path", "icas-3")[1].get("encoder_sha256") == found):
-        state, name = convert(encoder), repr(os.fspath(encoder))
-        config = Config(encoder_name(state, os.fspath(encoder)))
-        model = finish(start(state, found, config, False, f"encoder {name}"), device, compile)
-        warnings.warn(f"no decoder is trained for {name}: segment goes by matching alone (detect "
-                      "needs no decoder); train.py --encoder trains one", stacklevel=3)
-        return model   # stacklevel 3: over the decorator's frame
     path = path or own or shipped_path()
-    tensors, meta = read_file(path, "path", "icas-3")
+    tensors, meta = read_file(path, "path", "icas-4")
     try:
         config = Config(**json.loads(meta["config"]))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -1831,17 +1911,21 @@ def load(path: str | os.PathLike | None = None, *, encoder: str | os.PathLike | 
         encoder = next((file for file in beside if sha256(file) == wanted), None)
         check(encoder, f"encoder: no file with SHA-256 {wanted} beside {os.fspath(path)!r}; pass "
               "encoder=", FileNotFoundError)
-    check(found in ("", wanted), f"encoder: {os.fspath(encoder)!r} has SHA-256 {found}, the "
-          f"checkpoint was trained with {wanted}; pass that file, or train.py --encoder for this")
-    model = start(convert(encoder), wanted, config, name=f"encoder {os.fspath(encoder)!r}")
+    state, name = convert(encoder), f"encoder {os.fspath(encoder)!r}"
+    if (found := sha256(encoder)) != wanted:
+        check(not config.features, f"encoder: {os.fspath(encoder)!r} has SHA-256 {found}, the "
+              f"checkpoint was trained with {wanted} and reads its features; pass that file, or "
+              "train.py --encoder for this")
+        config = replace(config, encoder=encoder_name(state, os.fspath(encoder)), blocks=(),
+                         image_size=Config.image_size)   # no longer what suits the shipped one
+    model = start(state, found, config, name)
     load_state(model.decoder, tensors, os.fspath(path))
     return finish(model, device, compile)
 
 
-def start(state: dict[str, Tensor], found: str, config: Config, decoder: bool = True,
-          name: str = "") -> ICAS:
+def start(state: dict[str, Tensor], found: str, config: Config, name: str = "") -> ICAS:
     """A model with both encoders' weights, its decoder as initialised, in eval mode."""
-    model = ICAS(config, decoder).eval()
+    model = ICAS(config).eval()
     load_state(model.encoder, state, name or f"encoder as {config.encoder}")
     model.encoder_sha256 = found
     if config.detail:
@@ -1851,7 +1935,7 @@ def start(state: dict[str, Tensor], found: str, config: Config, decoder: bool = 
 
 def finish(model: ICAS, device: torch.device, compile: bool) -> ICAS:
     for part in (model.encoder, model.decoder):
-        if compile and part is not None:
+        if compile:
             part.compile()
     return model.to(device).requires_grad_(False)
 
@@ -2176,9 +2260,17 @@ def summary(run: dict, lines: Sequence[dict]) -> str:
     said = [f"{bad} of {count} pictures are called bad at the threshold {cut:.3g}"]
     if not count:
         return said[0]
+    known = "good parts"
+    if run["mutual"]:
+        known = "compared with"
+        said.append(f"no good part was given: each picture was compared with {len(good)} of them, "
+                    "as if most were good. With --normal GOOD_IMAGE ... it knows more")
     if good:
         rate = false_positives(good, cut)
         said[0] += f"; if all were good it would be {rate * count:.1f} ({rate:.1%})"
+        if len(good) <= 2:
+            said.append("one or two good parts do not show how good parts differ, so the threshold "
+                        "is a guess; give more, or: icas threshold OUT --bad FILE")
         if not bad:
             highest = sorted(lines, key=lambda line: -line["score"])[:3]
             names = ", ".join(f"{line['image']} ({line['score']:.2f})" for line in highest)
@@ -2190,7 +2282,7 @@ def summary(run: dict, lines: Sequence[dict]) -> str:
             said.append("no more than of good parts: all are good, or such defects are out of reach"
                         ". To know, put in a part known to be bad: icas threshold OUT --bad FILE")
     edges = np.linspace(min(cut, *good, *scores), max(cut, *good, *scores) + 1e-6, 13)
-    shown = {"good parts": good, "pictures": scores} if good else {"pictures": scores}
+    shown = {known: good, "pictures": scores} if good else {"pictures": scores}
     counts = [np.histogram(values, edges)[0] for values in shown.values()]
     rows = [" " * 15 + "".join(f"{f'{name} ({len(shown[name])})':<32}" for name in shown)]
     for i, (low, high) in enumerate(zip(edges, edges[1:])):
@@ -2247,7 +2339,8 @@ def parser():
     whole.add_argument("--version", action="version", version=f"icas {__version__}")
     commands = whole.add_subparsers(dest="command", required=True)
     for name, text in (("segment", "masks of what the references show"),
-                       ("detect", "which images are anomalous, from good parts"),
+                       ("detect", "which images are anomalous, from good parts, or without any "
+                        "if most are good"),
                        ("threshold", "set the threshold of a finished run anew"),
                        ("prompts", "encode references once and write them to a file"),
                        ("demo", "detect and segment on real solar cells (ELPV)")):
@@ -2328,6 +2421,8 @@ def run_command(args) -> int:
           f"--out: {out} holds results of other arguments (see {out / 'run.json'}); use another")
     good, cut, rate = [], kept.get("threshold"), kept.get("rate")
     if args.command == "detect":
+        if not references.normals:
+            ready = mutual(list(images.values()), value_range=args.range, model=model)
         good, find = ready.good.scores.tolist(), functools.partial(detect, references=ready)
         if args.false_positive_rate is not None or not kept:
             rate = RATE if args.false_positive_rate is None else args.false_positive_rate
@@ -2342,8 +2437,8 @@ def run_command(args) -> int:
               "--point, --box: expected one image with them; run icas once an image")
         if marks or not references.shots:
             find(encode_image(next(iter(images.values())), value_range=args.range, model=model))
-    run = {"key": key, "good": good, "scale": (1, 2.5) if args.command == "detect" else (0, 1),
-           "range": args.range, "threshold": cut, "rate": rate}
+    run = {"key": key, "good": good, "mutual": ready.mutual, "range": args.range, "rate": rate,
+           "scale": (1, 2.5) if args.command == "detect" else (0, 1), "threshold": cut}
     return run_folder(images, out, run, find, model, skipped)
 
 

@@ -99,7 +99,7 @@ class Pairs:
             prompt = [(v, m, 1 - m) for v, m in zip(views, marks)]
         return sides(prompt, shots, self.model.config) | {
             "target": seen, "truths": segments(seen, wanted, self.model.config),
-            "hidden": torch.tensor(float(rng.random() < self.args.hide_features))}
+            "jitter": torch.from_numpy(jitter(rng, self.args.jitter))}
 
     def prompt(self, source: FreshViews, reference: int, label: str, shots: int, target: int,
                rng: Rng) -> list[int]:
@@ -107,6 +107,13 @@ class Pairs:
         more = [i for i in source.views_of(reference, label) if i != target]
         more = more or source.others(source.by_label[label], target, reference)
         return [reference, *(int(i) for i in rng.permutation(more)[:shots - 1])]
+
+
+def jitter(rng: Rng, spread: float) -> np.ndarray:
+    """(2, RELATIONS) float32: a gain and a shift of each relation map, so that no encoder's scale
+    is learned."""
+    gain, shift = rng.normal(0, spread, (2, icas.RELATIONS))
+    return np.stack([np.exp(gain), shift]).astype(np.float32)
 
 
 def sides(shown: Sequence[tuple[View, Tensor, Tensor]], shots: int, config: icas.Config) -> dict:
@@ -159,8 +166,8 @@ def collate(pairs: list[dict], model: icas.ICAS) -> icas.Batch:
     cut = [None if x is None else x.tensor_split([len(pairs)]) for x in (maps, detail)]
     target, reference = (icas.Features(*(x and x[i] for x in cut)) for i in (0, 1))
     sides = [stack(side) for side in zip(*(p["sides"] for p in pairs))]
-    return icas.Batch(target, reference, sides, stack(p["hidden"] for p in pairs),
-                      [icas.Truths(*(x.to(model.device) for x in p["truths"])) for p in pairs])
+    truths = [icas.Truths(*(x.to(model.device) for x in p["truths"])) for p in pairs]
+    return icas.Batch(target, reference, sides, truths, stack(p["jitter"] for p in pairs))
 
 
 # ---- Validation on sets that are not trained on --------------------------------------------------
@@ -222,6 +229,7 @@ def parser() -> argparse.ArgumentParser:
     add("--detail", action=switch, default=True, help="match on the maps of a small CNN too")
     add("--gqs", action=switch, default=True, help="greedy query selection, or learned queries")
     add("--correspondence", action=switch, default=True, help="show the decoder what matching says")
+    add("--features", action=switch, default=True, help="and raw features (shipped: not)")
     for name in SHAPE:
         number("--" + name.replace("_", "-"), getattr(icas.Config, name), "see icas.Config")
     add = parser.add_argument_group("recipe (the defaults are the paper's)").add_argument
@@ -230,7 +238,7 @@ def parser() -> argparse.ArgumentParser:
     number("--batch-size", 32, "pairs a step, of all ranks together")
     number("--accumulate", 1, "micro-batches that a rank's pairs are cut into")
     number("--lr", 1e-4, "peak learning rate of AdamW")
-    number("--hide-features", 0.0, "share of pairs whose raw features the decoder does not see")
+    number("--jitter", 0.0, "spread of the log gain and of the shift of each relation map")
     number("--good-targets", 0.25, "share of targets that show nothing of what is marked (anomaly)")
     number("--same-image", 0.5, "share of marked prompts that are a view of the target's image")
     number("--shots", 1, "views of a prompt at most, drawn for each step")
@@ -257,7 +265,7 @@ def start_model(args: argparse.Namespace) -> icas.ICAS:
     state, shape = icas.convert(encoder), {name: getattr(args, name) for name in SHAPE}
     config = icas.Config(icas.encoder_name(state, os.fspath(encoder)), blocks=args.blocks,
                          detail=args.detail, learned_queries=not args.gqs,
-                         correspondence=args.correspondence, **shape)
+                         correspondence=args.correspondence, features=args.features, **shape)
     torch.manual_seed(args.seed)
     return icas.finish(icas.start(state, icas.sha256(encoder), config), device, compiled)
 
@@ -312,7 +320,7 @@ class Run:
         self.args, self.out = args, Path(args.out)
         views = args.views if args.views is not None else 2 * bool(args.cache)
         least = {"batch_size": world(), "accumulate": 1, "shots": 1, "validate_every": 1,
-                 "log_every": 1, "same_image": 0, "hide_features": 0, "good_targets": 0}
+                 "log_every": 1, "same_image": 0, "jitter": 0, "good_targets": 0}
         for name, low in least.items():
             check_range(name, getattr(args, name), low, math.inf if low else 1)
         check_range("views", views, 1 if args.cache else 0, math.inf)
@@ -360,7 +368,7 @@ class Run:
                  f"micro-batches {args.accumulate}, seed {args.seed}, AdamW {args.lr:g}, weight "
                  "decay 0.05, clip 1, 100 steps of warm-up, linear decay",
                  f"prompts of up to {args.shots} views, {100 * args.same_image:g} % of the "
-                 f"target's image; features hidden in {100 * args.hide_features:g} % of pairs; "
+                 f"target's image; relation maps jittered by {args.jitter:g}; "
                  f"{'strong' if args.strong_augmentation else 'mild'} augmentation",
                  f"{trained / 1e6:.1f} M weights of {model.config}, from {args.init or 'scratch'}; "
                  f"{model.device}, {'bf16' if icas.fast_bf16(model.device) else 'float32'}"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
+from scipy import ndimage, sparse
 from torch import Tensor
 
 
@@ -135,6 +135,48 @@ def colour(image: Tensor, rng: np.random.Generator) -> Tensor:
     if rng.random() < 0.3:
         image = image + torch.from_numpy(rng.normal(0, rng.uniform(0, 0.04), image.shape)).float()
     return image.clamp(0, 1)
+
+
+def cut_out(image: Tensor, marked: Tensor, side: int, source: np.random.Generator,
+            rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """A region of marked (H, W) bool that `source` draws, large ones likelier, as it would look on
+    a picture of `side`, resized, flipped and turned by rng: (3, h, w) with a frame, and its mask
+    (h, w) bool, False at the border."""
+    numbered, _ = ndimage.label(marked.numpy(), np.ones((3, 3)))
+    which = int(source.choice(numbered[numbered > 0])) - 1
+    (y, x), (height, width) = ndimage.find_objects(numbered)[which], marked.shape
+    place = (slice(max(0, y.start - 4), min(height, y.stop + 4)),
+             slice(max(0, x.start - 4), min(width, x.stop + 4)))
+    patch, mask = image[:, *place], torch.from_numpy(numbered[place] == which + 1)
+    zoom = min(side / max(height, width) * rng.uniform(0.7, 1.4), 0.6 * side / max(mask.shape))
+    h, w = (max(3, round(n * zoom)) for n in mask.shape)
+    turn, mirror = int(rng.integers(4)), [-1] * int(rng.integers(2))
+    patch, mask = (x.flip(mirror).rot90(turn, (-2, -1))
+                   for x in (resize(patch, h, w), resize_labels(mask, h, w) > 0))
+    inner = torch.zeros_like(mask)
+    inner[1:-1, 1:-1] = mask[1:-1, 1:-1]
+    return patch, inner
+
+
+def poisson_blend(surface: Tensor, patch: Tensor, mask: Tensor) -> Tensor:
+    """The patch's gradients under the mask and around it, from the surface's own colour beyond
+    (Perez et al. 2003): (3, h, w) each; mask (h, w) bool, False at the border."""
+    around = ndimage.binary_dilation(mask.numpy(), iterations=2)
+    y, x = np.nonzero(np.pad(around[1:-1, 1:-1], 1))
+    number = np.full(mask.shape, -1)
+    number[y, x] = np.arange(len(y))
+    laplace, wanted = 4 * sparse.eye(len(y), format="csr"), 4 * patch[:, y, x].double()
+    for dy, dx in ((0, 1), (0, -1), (1, 0), (-1, 0)):
+        beside = number[y + dy, x + dx]
+        free, = np.nonzero(beside >= 0)
+        laplace -= sparse.csr_matrix((np.ones(len(free)), (free, beside[free])), laplace.shape)
+        border = surface[:, y + dy, x + dx] * torch.from_numpy(beside < 0)
+        wanted += border - patch[:, y + dy, x + dx]
+    blended = surface.clone()
+    if len(y):
+        solved = sparse.linalg.splu(laplace.tocsc()).solve(wanted.T.numpy())
+        blended[:, y, x] = torch.from_numpy(solved.T).float().clamp(0, 1)
+    return blended
 
 
 @dataclass(frozen=True)

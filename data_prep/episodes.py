@@ -143,7 +143,8 @@ def plan(task: str, records: Sequence[dict], seeds: int = 5, shots: Sequence[int
     semantic     a random marked image (`shots` of them) of each label; tests: the label's others,
                  and with `good` the good images apart. prompt: "anomaly", "normal" or "both".
     interactive  `clicks` on each image itself.
-    fewshot      k of the good images for prompts; tests: held good ones and all bad ones.
+    fewshot      k of the good images for prompts; tests: held good ones and all bad ones. With
+                 k = 0 all images are tests, and compared with each other.
     openset      `normals` good images and one bad one, whose label is left out in "hard" (AHL).
     """
     if task == "development":
@@ -195,8 +196,9 @@ def plan_detection(task: str, records: Sequence[dict], seeds: int, shots: Sequen
                 if len(order) < k:
                     raise ValueError(f"--shots {k}: only {len(order)} good items for prompts; ask "
                                      "for fewer")
-                episodes.append({"seed": seed, "shots": k, "normals": names(order[:k]),
-                                 "tests": unseen(test, order[:k])})
+                shown = order[:k]
+                episodes.append({"seed": seed, "shots": k, "normals": names(shown),
+                                 "tests": unseen(test, shown) if shown else names(records)})
             continue
         shown = draw(train, normals or 8, seed, "normals")
         kinds = sorted({label for r in records for label in r["shows"]}) or ["anomalous"]
@@ -243,6 +245,8 @@ class Store:
         """What an episode shows on other images; `detect` is not shown the marked ones."""
         if "clicks" in episode:
             return None
+        if not segments(episode) and not episode["normals"]:
+            return icas.mutual(list(map(self.pixels, episode["tests"])), model=self.model)
         label, prompts = episode.get("label"), episode["prompts"] if segments(episode) else []
         marked = [(self.pixels(n), self.truth(n, label), label) for n in prompts]
         shown = icas.encode(marked, turns=self.turns, model=self.model)

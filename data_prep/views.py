@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import icas
 
-from .augment import SyntheticDefect, augment, clean_crop
+from .augment import SyntheticDefect, augment, clean_crop, cut_out, poisson_blend
 from .manifest import (by_category, group, in_box, named, read_labels, read_manifest,
                        read_record)
 
@@ -174,9 +174,10 @@ class FreshViews:
 
 
 class FreshSynthetic(FreshViews):
-    """Synthetic defects painted on surfaces drawn from all manifests alike: two entries a kind,
-    each draw of them new, or with `views` three times as many that stay the same; and one of the
-    surface alone."""
+    """Synthetic defects on surfaces drawn from all manifests alike: two entries a kind, each draw
+    of them new, or with `views` three times as many that stay the same; and one of the surface
+    alone. Of every third kind is a real defect, blended in. Three in ten surfaces show a defect of
+    another kind, which is not labelled."""
 
     def __init__(self, manifests: Sequence[str], kinds: int, size: int, views: int = 0,
                  seed: int = 0, strong: bool = False):
@@ -184,12 +185,14 @@ class FreshSynthetic(FreshViews):
         self.entries, self.trusted = 3 * views or 2, not self.fixed
         self.pools = [[r for r in read_manifest(m, limit=100_000) if not r.get("anomalous")]
                       for m in manifests]
+        self.marked = [r for r in ([r for r in pool if "mask" in r] for pool in self.pools) if r]
         self.defects = [SyntheticDefect.draw(np.random.default_rng([seed, k]))
                         for k in range(kinds)]
         self.index = [{"names": {"1": f"{d.kind}_{k}"}, "group": f"{k}_{j}", "image": f"{k}_{j}",
                        "category": str(k), "clean": j == self.entries}
                       for k, d in enumerate(self.defects) for j in range(self.entries + 1)]
-        self.recipe += [kinds, [[Path(r["image"]).name for r in pool] for pool in self.pools]]
+        self.recipe += ["blended", kinds,
+                        [[Path(r["image"]).name for r in pool] for pool in self.pools]]
 
     def surface(self, source: Rng, rng: Rng) -> Tensor:
         """(3, S, S): an image without a defect, of the data set that `source` draws."""
@@ -202,9 +205,28 @@ class FreshSynthetic(FreshViews):
         kind, j = divmod(i, self.entries + 1)
         rng = rng or np.random.default_rng([self.seed, kind, j])
         home = rng if kind % 2 else np.random.default_rng([self.seed, kind, 99])
-        texture = np.random.default_rng(self.defects[kind].texture)
-        base, foreign = self.surface(home, rng), self.surface(texture, texture)
+        base, other = self.surface(home, rng), int(rng.integers(len(self.defects)))
+        if other != kind and rng.random() < 0.3:
+            base, _ = self.damage(other, base, rng)
         if self.index[i]["clean"]:
             return base, torch.zeros(base.shape[1:], dtype=torch.uint8)
-        pixels, mask = self.defects[kind].paint(base, foreign, rng)
+        pixels, mask = self.damage(kind, base, rng)
         return pixels, mask.byte()
+
+    def damage(self, kind: int, base: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
+        """(3, S, S) with a defect of a kind, and its (S, S) bool mask."""
+        source = np.random.default_rng(self.defects[kind].texture)
+        if kind % 3 or not self.marked:
+            return self.defects[kind].paint(base, self.surface(source, source), rng)
+        pool = self.marked[source.integers(len(self.marked))]
+        image, labels = read_record(pool[source.integers(len(pool))])
+        if not labels.any():
+            return base, torch.zeros(base.shape[1:], dtype=torch.bool)
+        chosen = labels == source.choice(labels[labels > 0].unique())
+        patch, mask = cut_out(image, chosen, self.size, source, rng)
+        y, x = (int(rng.integers(self.size - n + 1)) for n in mask.shape)
+        place = slice(y, y + mask.shape[0]), slice(x, x + mask.shape[1])
+        pixels, marked = base.clone(), torch.zeros(base.shape[1:], dtype=torch.bool)
+        pixels[:, *place] = poisson_blend(base[:, *place], patch, mask)
+        marked[place] = mask
+        return pixels, marked

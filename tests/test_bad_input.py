@@ -271,7 +271,7 @@ ROWS = [
      ValueError, "is not a whole safetensors file"),
     (lambda c: icas.load(c.truncated(c.checkpoint())),
      ValueError, "is not a whole safetensors file"),
-    (lambda c: icas.load(c.references()), ValueError, "expected a file of format 'icas-3'"),
+    (lambda c: icas.load(c.references()), ValueError, "expected a file of format 'icas-4'"),
     (lambda c: icas.load(c.checkpoint() and c.folder / "encoder.safetensors"),
      ValueError, "has 'none'; is it another kind of file?"),
     (lambda c: icas.load(c.checkpoint(meta_is(format="icas-1"))),
@@ -295,7 +295,7 @@ ROWS = [
      ValueError, "device: 'gpu' is not available here"),
     (lambda c: icas.load(c.checkpoint(), encoder=MISSING_FILE),
      FileNotFoundError, "encoder: no file at"),
-    (lambda c: icas.load(c.checkpoint(), encoder=c.text()), ValueError, "has SHA-256"),
+    (lambda c: icas.load(c.checkpoint(), encoder=c.text()), ValueError, "is not a .pth"),
     # References.load
     (lambda c: icas.References.load("no.safetensors"), FileNotFoundError, "references: no file at"),
     (lambda c: icas.References.load(None), TypeError, "references: expected a path, got NoneType"),

@@ -361,9 +361,9 @@ SEGMENT = ["segment", "parts", "--out", "out"]
 @pytest.mark.parametrize("arguments, fragment", [
     (["segment", "no_such.png", *DEFECT, "--out", "out"], "no_such.png: no image there"),
     (SEGMENT, "references: none given; pass "),
-    (["detect", "parts", "--out", "out"],
-     "detect needs at least one good part; pass normals=[image] (--normal IMAGE)"),
-    (["detect", "parts", *DEFECT, "--out", "out"], "detect needs at least one good part"),
+    (["detect", "parts/b.png", "--out", "out"], "normals: none given, and to compare images with "
+     "each other takes at least six that can be read, got 1; pass normals=[image]"),
+    (["detect", "parts/b.png", *DEFECT, "--out", "out"], "normals: none given"),
     (["prompts", "--out", "p.safetensors"], "references: none given; pass --anomaly IMAGE MASK"),
     ([*SEGMENT, "--anomaly", "defect.png", "no_such.png"], "mask: no file at 'no_such.png'"),
     ([*SEGMENT, "--anomaly", "no_such.png", "mask.png"], "no file at 'no_such.png'"),
@@ -590,17 +590,15 @@ def test_every_command_takes_another_encoder(model, parts, capsys):
     state = {k: torch.randn_like(v) * 0.05 for k, v in icas.Encoder("tiny14").state_dict().items()}
     torch.save(state, "meta.pth")
     with pytest.MonkeyPatch.context() as patch:
-        # a small input: `load` takes the default of 518 pixels for an encoder without a decoder
-        config = icas.Config
-        patch.setattr(icas, "Config", lambda name: config(name, image_size=112, debias=4))
+        # a small input: `load` takes the default of 518 pixels for another encoder
+        patch.setattr(icas.Config, "image_size", 112)
         for command, given, out in (
                 ("prompts", [*DEFECT, "--normal", "good"], "p.safetensors"),
                 ("segment", ["parts", "--prompts", "p.safetensors"], "segmented"),
                 ("detect", ["parts", "--prompts", "p.safetensors"], "detected"),
                 ("detect", ["parts", "--normal", "good"], "fresh")):
-            with pytest.warns(UserWarning, match=r"meta.pth.*train.py"):
-                assert icas.main([command, *given, "--encoder", "meta.pth", "--out", out,
-                                  "--device", "cpu"]) == 0
+            assert icas.main([command, *given, "--encoder", "meta.pth", "--out", out,
+                              "--device", "cpu"]) == 0
     assert [r["image"] for r in lines("segmented")] == parts == [r["image"] for r in lines("fresh")]
     # what another encoder made is refused, and so is an encoder that a checkpoint does not go with
     capsys.readouterr()
@@ -608,6 +606,22 @@ def test_every_command_takes_another_encoder(model, parts, capsys):
                         ([*DEFECT, "--encoder", "meta.pth"], "has SHA-256")):
         assert icas_main("segment", "parts", *given, "--out", "no", model=model) == 2
         assert said in capsys.readouterr().err and not Path("no").exists()
+
+
+def test_without_a_good_part_detect_compares_the_pictures_with_each_other(
+        model, parts, tmp_path, rng, capsys):
+    (tmp_path / "mixed").mkdir()
+    for i in range(7):
+        pixels = rng.integers(120, 140, (40, 40, 3), dtype=np.uint8)
+        pixels[10:25, 10:25] = (250, 20, 20) if i == 3 else pixels[10:25, 10:25]
+        Image.fromarray(pixels).save(tmp_path / "mixed" / f"{i}.png")
+    (tmp_path / "mixed" / "broken.png").write_bytes(b"no picture")
+    assert icas_main("detect", "mixed", "--out", "alone", model=model) == 1   # one cannot be read
+    said = capsys.readouterr()
+    assert "compared with 7 of them, as if most were good" in said.out and "broken.png" in said.err
+    scores = {line["image"]: line["score"] for line in lines("alone")}
+    assert max(scores, key=scores.get) == "3.png" and len(scores) == 7
+    assert icas.main(["threshold", "alone", "--score", "2"]) == 0
 
 
 # ---- several processes ---------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def pair_loss(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
     pixels = F.interpolate(pixels, size=(392, 392), mode="bicubic", antialias=True).clamp(0, 1)
     seen, target = model.describe(pixels), model.describe(pixels.flip(3))
     truths = [icas.Truths(torch.cat([fine, 1 - fine]), torch.tensor([0, 1]))]
-    batch = icas.Batch(target, seen, sides, torch.zeros(1), truths)
+    batch = icas.Batch(target, seen, sides, truths)
     with torch.no_grad():
         parts = icas.pair_loss(model, batch, torch.Generator().manual_seed(0))
     return np.array([parts[k] for k in sorted(parts)], dtype=np.float32)

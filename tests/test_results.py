@@ -243,12 +243,25 @@ def test_a_wrong_threshold_is_one_line_and_changes_nothing(detected, model, caps
 # ---- what the terminal says ----------------------------------------------------------------------
 
 
-def told(good, scores, threshold, rate=None):
+def told(good, scores, threshold, rate=None, mutual=False):
     """`icas.summary` of pictures with these scores."""
     made = [{"image": f"{i}.png", "score": float(s), "label": "bad" if s > threshold else "good"}
             for i, s in enumerate(scores)]
-    run = {"good": list(map(float, good)), "threshold": float(threshold), "rate": rate}
+    run = {"mutual": mutual, "good": list(map(float, good)), "threshold": float(threshold),
+           "rate": rate}
     return icas.summary(run, made)
+
+
+def test_of_one_or_two_good_parts_the_summary_says_that_the_threshold_is_a_guess():
+    for count, guess in ((2, True), (4, False)):
+        assert ("so the threshold is a guess" in told([1.0] * count, [0.9, 2.0], 1.5)) == guess
+
+
+def test_without_good_parts_the_summary_says_what_is_assumed():
+    text = told([1.0] * 30, [0.9, 2.0], 1.5, mutual=True)
+    assert "each picture was compared with 30 of them, as if most were good" in text
+    assert "--normal" in text and "compared with (30)" in text and "good parts (30)" not in text
+    assert "as if most were good" not in told([1.0] * 30, [0.9, 2.0], 1.5)
 
 
 def bars(text):

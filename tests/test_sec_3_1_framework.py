@@ -182,12 +182,12 @@ def pairs(model, grid=8, batch=2, seed=0):
                                        for shape in ((width, grid, grid), (280, *2 * [fine]))))
     sides = [torch.stack([x, 1 - x], dim=1)[:, None] for x in (
         foreground, icas.token_share(foreground, fine, fine))]
-    return icas.Batch(features(), features(), sides, torch.zeros(batch), truths)
+    return icas.Batch(features(), features(), sides, truths)
 
 
 @pytest.mark.parametrize("change", [
     {}, {"learned_queries": True}, {"debias": 0}, {"correspondence": False}, {"plain_sum": True},
-    {"blocks": (4,)}, {"detail": False}])
+    {"blocks": (4,)}, {"detail": False}, {"features": False}])
 def test_every_form_of_the_paper_runs_and_learns(change):
     torch.manual_seed(0)
     model = icas.ICAS(icas.Config(**TINY | change))

@@ -20,8 +20,9 @@ def a_prompt(tokens, foreground, background=None, **others):
     """A prompt of the same tokens and shares at every level; tokens (1, R, D), shares (1, R)."""
     background = 1 - foreground if background is None else background
     neck = torch.zeros(1, tokens[0].shape[1], 32), foreground, background
-    made = icas.Prompt(tokens, [foreground] * len(tokens), [background] * len(tokens), neck,
-                       [icas.fisher_direction(t, foreground, background) for t in tokens])
+    made = icas.Prompt(tokens, [foreground] * len(tokens), [background] * len(tokens),
+                       [icas.fisher_direction(t, foreground, background) for t in tokens],
+                       [torch.tensor([0.1])] * len(tokens), neck)
     return made._replace(**others)
 
 
@@ -146,19 +147,27 @@ def test_fisher_s_direction_solves_its_equation_and_sets_the_means_one_apart(rng
 
 
 @pytest.mark.parametrize("marked", [True, False])
-def test_relations_equal_loops(rng, marked):
-    grids, size = [(3, 4), (6, 8)], (6, 8)
+@pytest.mark.parametrize("detail", [True, False])
+def test_relations_equal_loops(rng, marked, detail):
+    """Two blocks, which are averaged, and with `detail` a finer level."""
+    grids, size = [(3, 4), (3, 4), (6, 8)][:2 + detail], (6, 8)
     values = [rng.normal(size=(5, h * w)) for h, w in grids]
     matches = [icas.Matching(*torch.from_numpy(v).float()[:, None]) for v in values]
     share = torch.tensor([[0.0, 0.5, 1.0, 0.1]]) * marked
-    tokens = [icas.F.normalize(torch.from_numpy(rng.normal(size=(1, 4, 5))).float(), dim=-1)] * 2
-    got = icas.relations(matches, grids, a_prompt(tokens, share), size)[0].numpy()
-    expected = []
-    for (best_fg, best_bg, mean_fg, mean_bg, fisher), grid in zip(values, grids):
-        maps = [4 * (best_fg - best_bg), 4 * (mean_fg - mean_bg), fisher]
+    tokens = [icas.F.normalize(torch.from_numpy(rng.normal(size=(1, 4, 5))).float(), dim=-1)] * 3
+    usual = [0.3, np.inf, 0.02]
+    prompt = a_prompt(tokens, share, usual=[torch.tensor([u]) for u in usual])
+    got = icas.relations(matches, grids, prompt, size, 2)[0].numpy()
+    levels = []
+    for (best_fg, best_bg, mean_fg, mean_bg, fisher), grid, u in zip(values, grids, usual):
+        far = np.log(np.maximum(1.01 - best_bg, 0.01)) - np.log(0.01 + u)
+        far = np.zeros_like(far) if u == np.inf else far.clip(-2, 2)
+        maps = [4 * (best_fg - best_bg), 4 * (mean_fg - mean_bg), fisher, far]
         for x in (best_fg - best_bg, fisher, 1 - best_bg):
             maps.append((x - x.mean()) / (x.std() + 1e-3))
-        expected += [resize(x.reshape(grid), size) for x in maps]
+        levels.append([resize(x.reshape(grid), size) for x in maps])
+    blocks = (np.array(levels[0]) + np.array(levels[1])) / 2
+    expected = [*blocks, *(levels[2] if detail else np.zeros_like(blocks))]
     expected += [np.full(size, x) for x in ((1, np.log10(0.4 + 1e-4)) if marked else (0, 0))]
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
@@ -179,13 +188,12 @@ def resize(array, size):
                               mode="bilinear")[0, 0].numpy()
 
 
-def test_detection_takes_the_level_that_finds_most_beyond_what_unseen_good_parts_show(
-        tiny, rng, monkeypatch):
+def test_detection_weighs_its_levels_by_how_near_unseen_good_parts_are(tiny, rng, monkeypatch):
     monkeypatch.setattr(icas, "fast_bf16", lambda device: False)
     goods = [rng.integers(0, 256, (40, 40, 3), dtype=np.uint8) for _ in range(3)]
     image = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    # levels: the tapped blocks, debiased, and the detail at strides 8 and 16
-    tokens = {"block 2": [], "block 3": [], "block 4": [], "detail": []}
+    # the tapped blocks, debiased, and the detail at strides 8 and 16, once at twice the side
+    tokens = {"block 2": [], "block 3": [], "block 4": [], "detail": [], "fine detail": []}
     for picture in (*goods, image):
         features = icas.encode_image(picture, model=tiny).features
         maps, detail = features.maps, features.detail
@@ -193,30 +201,65 @@ def test_detection_takes_the_level_that_finds_most_beyond_what_unseen_good_parts
             maps, detail = maps.half().float(), detail.half().float()
         for number, block in zip(tiny.config.blocks, tiny.tokens(maps)):
             tokens[f"block {number}"].append(block[0].double().numpy())
-        fine = detail[0].flatten(1).T.double().numpy()
-        tokens["detail"].append(unit(fine[:, 24:]))     # channels 48 + 88 + 120
+        fine = icas.F.avg_pool2d(tiny.look_closer(features).float(), 2)
+        for name, x in (("detail", detail), ("fine detail", fine)):   # channels 48 + 88 + 120
+            tokens[name].append(unit(x[0].flatten(1).T.double().numpy()[:, 24:]))
 
     def distances(of, others):
         return (1 - of @ np.concatenate(others).T).min(axis=1)
     own = np.array([[top(distances(x[i], [x[j] for j in range(3) if j != i])) for i in range(3)]
                     for x in tokens.values()])
     own = np.maximum(own, 1e-3)
-    typical = own.mean(axis=1)
+    typical = np.median(own, axis=1)
+    weights = typical ** -2 / (typical ** -2).sum()
     new = [distances(x[3], x[:3]) / t for x, t in zip(tokens.values(), typical)]
     found = icas.detect(image, icas.encode(normals=goods, turns=False, model=tiny), parts=True,
                         false_positive_rate=0.05, model=tiny)
     assert found.parts == pytest.approx(dict(zip(tokens, map(top, new))), rel=5e-3)
-    assert found.score == pytest.approx(max(map(top, new)), rel=5e-3)
-    maps = [resize(x.reshape(n, n), (32, 32)) for x, n in zip(new, (8, 8, 8, 14))]
-    np.testing.assert_allclose(found.map, resize(np.max(maps, axis=0), (40, 40)), rtol=0.02)
+    assert found.score == pytest.approx(weights @ [*map(top, new)], rel=5e-3)
+    maps = [w * resize(x.reshape(n, n), (32, 32))
+            for w, x, n in zip(weights, new, (8, 8, 8, 14, 14))]
+    whole = np.sum(maps, axis=0)   # whose top percent has the score as mean
+    np.testing.assert_allclose(found.map, resize(whole * found.score / top(whole), (40, 40)),
+                               rtol=0.02)
     # Student's t; the median deviation is shrunk towards 20 % of the median, as of 8 more parts
-    scores, freedom = (own / typical[:, None]).max(axis=0), 8 + 3 - 1
+    scores, freedom = weights @ (own / typical[:, None]), 8 + 3 - 1
     low, middle, high = np.sort(scores)
     deviation = 1.4826 * np.sort([middle - low, 0, high - middle])[1]
     spread = (8 * (0.2 * middle) ** 2 + 2 * deviation ** 2) / freedom
     quantile = scipy.stats.t.ppf(0.95, freedom)
     cut = middle + quantile * np.sqrt(spread * (1 + 1 / 3))
     assert found.threshold == pytest.approx(cut, rel=5e-3)
+
+
+def test_without_good_parts_each_picture_is_compared_with_the_nearest_of_the_others(
+        tiny, rng, monkeypatch):
+    monkeypatch.setattr(icas, "fast_bf16", lambda device: False)
+    images = [rng.integers(0, 256, (40, 40, 3), dtype=np.uint8) for _ in range(8)]
+    images += [images[0].copy()]   # 8 others, of the first 7, for a copy is not another
+    tokens = [tiny.tokens(icas.encode_image(i, model=tiny).features.maps.half().float())[0][0]
+              for i in images]
+    found = icas.detect(images, parts=True, model=tiny)
+    assert len(found) == 9 and found[0].score == pytest.approx(found[8].score, abs=1e-5)
+
+    def score(i):
+        best = [(1 - tokens[i] @ t.T).amin(dim=1) for j, t in enumerate(tokens) if j != i]
+        nearest = torch.stack(best).sort(dim=0).values[:2]   # 30 % of 8
+        return icas.top_share(nearest.mean(dim=0)).item()
+    scores = np.array([score(i) for i in range(9)])
+    for i in range(1, 8):
+        assert found[i].parts["block 2"] == pytest.approx(scores[i] / np.median(scores), rel=0.02)
+    ready = icas.mutual(images, model=tiny)
+    assert icas.detect(images[3], ready).score == pytest.approx(found[3].score)
+
+
+def test_too_few_pictures_to_compare_are_refused(tiny, rng, tmp_path):
+    images = [rng.integers(0, 256, (40, 40, 3), dtype=np.uint8) for _ in range(5)]
+    for given in (images, [*images, tmp_path / "missing.png"]):
+        with pytest.raises(ValueError, match="normals: none given.*at least six .* got 5"):
+            icas.detect(given, model=tiny)
+    with pytest.raises(FileNotFoundError, match=r"images\[2\]: no file"):
+        icas.detect([*images[:2], tmp_path / "missing.png", *images, images[0]], model=tiny)
 
 
 def test_the_image_score_is_the_mean_of_the_top_percent(rng):
@@ -285,20 +328,22 @@ def test_four_good_parts_keep_segment_off_what_looks_like_them_and_three_do_not(
 
 def test_the_usual_distance_is_that_of_an_image_s_own_background_without_neighbours(rng):
     h, w = 14, 9   # 14 / 13 is one token of neighbourhood
-    tokens = rng.normal(size=(h * w, 6))
-    tokens /= np.linalg.norm(tokens, axis=1, keepdims=True)
+    tokens = unit(rng.normal(size=(h * w, 6)))
     background = rng.random((h, w)) > 0.3
     places = [(y, x) for y in range(h) for x in range(w) if background[y, x]]
     nearest = [max(tokens[y * w + x] @ tokens[v * w + u] for v, u in places
                    if max(abs(y - v), abs(x - u)) > 1) for y, x in places]
-    found = icas.usual_distance(torch.from_numpy(tokens).float()[None],
-                                torch.from_numpy(background))
-    assert found == pytest.approx(1 - np.quantile(nearest, 0.01), abs=1e-5)
-    assert icas.usual_distance(torch.ones(1, h * w, 6), torch.zeros(h, w) > 0) == 1
+    outside = torch.from_numpy(background).float()
+    few, none = outside * (torch.arange(w) < 2), torch.zeros(h, w)
+    sides = [torch.stack(s) for s in ((1 - outside, outside), (1 - few, few), (none, outside))]
+    found = icas.usual_distance(torch.from_numpy(tokens).float().expand(3, -1, -1),
+                                torch.stack(sides))
+    assert found[0].item() == pytest.approx(1 - np.quantile(nearest, 0.01), abs=1e-5)
+    assert found[1:].isinf().all()   # too little background; nothing is marked
 
 
 @pytest.mark.parametrize("side", [6, 12, 40])
-def test_novelty_is_the_detail_s_and_counts_threefold_by_its_weight(tiny, rng, side, monkeypatch):
+def test_novelty_is_the_detail_s_and_counts_more_for_small_marks(tiny, rng, side, monkeypatch):
     monkeypatch.setattr(icas, "fast_bf16", lambda device: False)
     images = [rng.integers(0, 256, (60, 60, 3), dtype=np.uint8) for _ in range(2)]
     mask = np.zeros((60, 60), bool)
@@ -307,18 +352,21 @@ def test_novelty_is_the_detail_s_and_counts_threefold_by_its_weight(tiny, rng, s
     prompt = icas.prepare(references, model=tiny).prompt("defect")
     features = icas.encode_image(images[1], model=tiny).features
     with_it = icas.score_parts(tiny, features, prompt)
-    without = icas.score_parts(tiny, features, prompt._replace(usual=np.inf))
+    unknown = [torch.full((1,), np.inf)] * len(prompt.usual)
+    without = icas.score_parts(tiny, features, prompt._replace(usual=unknown))
     own, shown = tiny.levels(references.shots[0].features.to("cpu", torch.float32), prompt.scale
                              )[-1], references.shots[0].sides[prompt.scale]
-    assert prompt.usual == pytest.approx(icas.usual_distance(own, shown[1] > 0.999))
+    assert prompt.usual[-1].item() == pytest.approx(icas.usual_distance(own, shown[None]).item())
     seen, known = tiny.levels(features, prompt.scale)[-1][0], prompt.background[-1][0] > 0.999
     distance = 1.01 - (seen @ prompt.tokens[-1][0, known].T).amax(dim=1)
-    ratio = (distance.clamp_min(0.01) / (0.01 + prompt.usual)).log().clamp(-2, 2)
+    ratio = (distance.clamp_min(0.01) / (0.01 + prompt.usual[-1])).log().clamp(-2, 2)
     grid, added = tiny.grids(features, prompt.scale)[-1], with_it["novelty"]
     expected = torch.from_numpy(resize(ratio.view(grid).numpy(), (32, 32)))
     torch.testing.assert_close(added, expected, atol=0.02, rtol=0.01)
-    torch.testing.assert_close(with_it["icas"] - without["icas"], 3 * prompt.weight * added,
-                               atol=1e-4, rtol=1e-4)
+    plain = [x["icas"] - (1 - prompt.weight) * 0.15 * (x["S_s"] + x["S_s mfm"])
+             for x in (with_it, without)]   # the decoder sees it too
+    torch.testing.assert_close(plain[0] - plain[1], (1 + 2 * prompt.weight) * added, atol=1e-4,
+                               rtol=1e-4)
     assert "novelty" not in without and prompt.scale == (1 if side == 40 else 2)
 
 
@@ -326,4 +374,4 @@ def test_clicks_and_good_parts_alone_have_no_novelty(tiny, rng):
     image = rng.integers(0, 256, (60, 60, 3), dtype=np.uint8)
     good = icas.prepare(icas.encode(normals=[image], model=tiny), model=tiny)
     found = icas.segment(image, points=[(30, 30)], parts=True, model=tiny)
-    assert good.prompt("").usual == np.inf and "novelty" not in found.parts
+    assert good.prompt("").usual[-1].isinf() and "novelty" not in found.parts

@@ -38,7 +38,8 @@ def folder(tmp_path, cells, prompt_mask, monkeypatch):
     from PIL import Image
     monkeypatch.chdir(tmp_path)
     names = {"scratched": icas.DEMO_PROMPT[0], "part": 6, "part_1": 6, "part_2": 368, "good_1": 3,
-             "good_2": 8, "parts/a": 6, "parts/b": 368, "good/a": 3, "good/b": 8}
+             "good_2": 8, "parts/a": 6, "parts/b": 368, "good/a": 3, "good/b": 8,
+             **{f"parts/{i}": i for i in (59, 446, 499, 503)}}
     for name, index in names.items():
         Path(f"{name}.png").parent.mkdir(exist_ok=True)
         Image.fromarray(cells[index]).save(f"{name}.png")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy
 import torch
 from PIL import Image
 from safetensors import SafetensorError
@@ -25,7 +26,8 @@ sys.path.insert(0, HOME := str(Path(__file__).parents[1]))   # as a script, with
 import icas  # noqa: E402
 import train  # noqa: E402
 from data_prep import views  # noqa: E402
-from data_prep.augment import augment  # noqa: E402
+from data_prep.augment import augment, cut_out, poisson_blend  # noqa: E402
+from data_prep.views import FreshSynthetic  # noqa: E402
 
 icas.ENCODERS["tiny14"] = (48, 4, 3)
 SHAPE = ["--image-size", "112", "--blocks", "2", "3", "4", "--queries", "12", "--dim", "32",
@@ -154,7 +156,7 @@ def share(home: str, path: str, *more) -> None:
     """Three steps of plain gradient descent, which does not hide a gradient of another size;
     weights and losses into `path`."""
     train.start_ranks("cpu") if "RANK" in os.environ else None
-    run, losses = prepared(Path(home), "--cache", f"{home}/views", "--hide-features", 0.5,
+    run, losses = prepared(Path(home), "--cache", f"{home}/views", "--jitter", 0.5,
                            "--shots", 2, *more), []
     run.model.decoder.requires_grad_(True)
     icas.fit(run.model, run.pairs, steps=3, lr=0.05, warmup=1,
@@ -191,7 +193,7 @@ def test_cached_and_uncached_views_give_the_same_batches_and_losses(home):
     assert not (home / "out").exists()
     for step in range(4):
         one, other = fresh.pairs(step)[0], kept.pairs(step)[0]
-        for a, b in zip((*one.sides, one.hidden), (*other.sides, other.hidden), strict=True):
+        for a, b in zip((*one.sides, one.jitter), (*other.sides, other.jitter), strict=True):
             assert torch.equal(a, b)
         for a, b in zip(one.truths, other.truths):
             assert torch.equal(a.masks, b.masks) and torch.equal(a.classes, b.classes)
@@ -224,7 +226,7 @@ def test_with_a_cache_a_prompt_may_be_another_view_of_the_target(home):
 
 
 def test_a_pair_does_not_depend_on_who_draws_it(home):
-    more = ("--hide-features", 0.5, "--shots", 3)
+    more = ("--jitter", 0.5, "--shots", 3)
     whole = prepared(home, *more).pairs
     parts = prepared(home, *more, "--accumulate", 2, "--workers", 3).pairs
     for step in (3, 4):
@@ -233,7 +235,7 @@ def test_a_pair_does_not_depend_on_who_draws_it(home):
             some, shots = slice(2 * i, 2 * i + 2), one.sides[0].shape[1]
             for a, b in zip(part.sides, one.sides, strict=True):
                 assert torch.equal(a, b[some])
-            assert torch.equal(part.hidden, one.hidden[some])
+            assert torch.equal(part.jitter, one.jitter[some])
             seen = one.reference.maps[some.start * shots:some.stop * shots]
             torch.testing.assert_close(part.reference.maps, seen)
 
@@ -312,12 +314,12 @@ def test_the_dry_run_says_what_would_happen_and_writes_nothing(home, capsys):
     manifest = home / "spots" / "manifest.jsonl"
     manifest.write_text(manifest.read_text().replace('"spot"', '"dent"', 1))
     more = ("--dry-run", "--cache", home / "views", "--validate", home / "others", "--seed", 3,
-            "--accumulate", 2, "--shots", 2, "--hide-features", 0.3)
+            "--accumulate", 2, "--shots", 2, "--jitter", 0.3)
     assert train.main(arguments(home, home / "out", *more)) == 0
     said = capsys.readouterr().out
     assert "anomaly: 5000 steps, 4 pairs, ranks 1, micro-batches 2, seed 3, AdamW 0.0001" in said
-    assert "prompts of up to 2 views, 50 % of the target's image; features hidden in 30 %" in said
-    assert "mild augmentation" in said and "clip 1" in said and "float32" in said
+    assert "50 % of the target's image; relation maps jittered by 0.3; mild augmentation" in said
+    assert "prompts of up to 2 views" in said and "clip 1" in said and "float32" in said
     assert "spots: 100 % of pairs, 14 images, 8 good, 2 labels (5 spot, 1 dent)" in said
     assert "1 labels in one image only, as 'dent': their pairs are two views of it" in said
     assert not (home / "out").exists() and not (home / "views").exists()
@@ -327,7 +329,7 @@ def test_the_defaults_are_the_papers_recipe():
     args = train.parser().parse_args(["--stage", "generic", "--data", "x", "--out", "y"])
     assert (args.batch_size, args.lr, args.image_size, args.queries, args.layers, args.dim,
             args.ffn_dim, args.pixel_dim) == (32, 1e-4, 518, 200, 6, 256, 1728, 256)
-    assert (args.same_image, args.hide_features, args.strong_augmentation,
+    assert (args.same_image, args.jitter, args.strong_augmentation,
             args.synthetic) == (0.5, 0, False, 0)
 
 
@@ -568,3 +570,57 @@ def kill(times: int) -> None:
 
 if __name__ == "__main__":
     kill(int(sys.argv[1]))
+
+
+# ---- real defects on other surfaces --------------------------------------------------------------
+
+def test_a_blended_patch_keeps_its_laplacian_inside_and_the_surface_outside(rng):
+    surface, patch = torch.from_numpy(rng.random((2, 3, 20, 24))).float()
+    surface, patch = 0.4 + 0.1 * surface, 0.5 + 0.1 * patch   # nothing is clipped
+    mask = torch.zeros(20, 24, dtype=torch.bool)
+    mask[6:13, 5:18] = True
+    blended = poisson_blend(surface, patch, mask)
+    around = scipy.ndimage.binary_dilation(mask.numpy(), iterations=2)
+    assert torch.equal(blended[:, ~around], surface[:, ~around])
+    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
+    one, two = (torch.nn.functional.conv2d(x[:, None], kernel, padding=1)[:, 0]
+                for x in (blended, patch))
+    torch.testing.assert_close(one[:, around], two[:, around], atol=1e-4, rtol=1e-4)
+    # a patch that is the surface, only lighter, leaves no trace; nor does one without a mark
+    torch.testing.assert_close(poisson_blend(surface, surface + 0.3, mask), surface)
+    assert torch.equal(poisson_blend(surface, patch, mask & False), surface)
+
+
+def test_a_cut_out_is_one_region_with_a_frame_at_the_size_it_would_have(rng):
+    image, marked = torch.zeros(3, 100, 100), torch.zeros(100, 100, dtype=torch.bool)
+    marked[20:40, 30:60] = True
+    marked[70:72, 5:7] = True
+    image[:, marked] = 1
+    areas = []
+    for i in range(20):
+        draw = np.random.default_rng(i)
+        patch, mask = cut_out(image, marked, 200, np.random.default_rng(1), draw)
+        assert patch.shape[1:] == mask.shape and not (mask[[0, -1]].any() or mask[:, [0, -1]].any())
+        assert patch[:, mask].mean() > 0.9 and patch[:, ~mask].mean() < 0.3
+        areas.append(int(mask.sum()))
+    assert 0.4 * 2400 < min(areas) < 0.7 * 2400 < 1.4 * 2400 < max(areas) < 2.1 * 2400   # 0.7, 1.4
+
+
+def test_every_third_synthetic_kind_is_a_real_defect_and_some_surfaces_show_another(
+        home, monkeypatch):
+    source = FreshSynthetic([home / "spots"], 6, 112, views=2)
+    base = torch.full((3, 112, 112), 0.5)
+    pixels, mask = source.damage(0, base, np.random.default_rng(0))   # a spot of 15 of 90 pixels
+    around = torch.from_numpy(scipy.ndimage.binary_dilation(mask.numpy(), iterations=2))
+    assert torch.equal(pixels[:, ~around], base[:, ~around]) and 100 < mask.sum() < 900
+    assert not torch.equal(pixels, base)
+    drawn, damage = [], source.damage
+    monkeypatch.setattr(source, "damage", lambda kind, *x: drawn.append(kind) or damage(kind, *x))
+    counts = []
+    for i in range(42):   # seven entries a kind, the last one the surface alone
+        drawn.clear()
+        pixels, labels = source.draw(i, None)
+        assert pixels.shape == (3, 112, 112) and 0 <= pixels.min() and pixels.max() <= 1
+        assert drawn[-1:] == [i // 7] if i % 7 < 6 else not labels.any()
+        counts.append(len(drawn) - (i % 7 < 6))
+    assert set(counts) == {0, 1} and 4 <= sum(counts) <= 20   # three in ten, of five kinds in six
