@@ -1707,29 +1707,35 @@ def learn_good(ready: Prepared) -> GoodParts:
     always do, and stand for a second part."""
     model, shots = ready.model, ready.references.normals
     images = list(dict.fromkeys(shot.image for shot in shots))
-    one, views = len(images) == 1, []
+    one, few, views = len(images) == 1, len(images) <= 4, []
+
+    @functools.lru_cache(64 if few else 0)   # of few, what both looks below compare is kept
+    def tokens(features: Features) -> list[Tensor]:
+        seen = features.to(model.device, torch.float32)
+        return [t for t, _ in detect_levels(model, seen).values()]
     for shot in shots:
         views.append((int(shot.turn > 0) if one else images.index(shot.image), shot.turn,
                       shot.features))
-    known = None if one else leave_one_out(ready, views)
-    if one or len(images) <= 4 and any(shot.turn for shot in shots):
+    known = None if one else leave_one_out(ready, views, tokens)
+    if one or few and any(shot.turn for shot in shots):
         for part, _, features in [view for view in views if view[1] == 0]:
             pixels = rearrange(features.picture[0], "c h w -> h w c").cpu().numpy()
             for angle in range(45, 360, 45):
                 turned = scipy.ndimage.rotate(pixels, angle, reshape=False, order=1, mode="reflect")
                 seen = encode_pixels(torch.from_numpy(turned), pixels.shape[:2], model)
                 views.append((part + one, angle, seen.features))
-        turning = leave_one_out(ready, views)
+        turning = leave_one_out(ready, views, tokens)
         known = turning if one or np.median(known.typical / turning.typical) > 1.15 else known
     return known
 
 
-def leave_one_out(ready: Prepared, views: Sequence[tuple[int, int, Features]]) -> GoodParts:
-    """Of views (part, turn, features) each part, 40 at most, against the others."""
-    model, bank, own, most = ready.model, [], [], max(16, BANK // len(views))
+def leave_one_out(ready: Prepared, views: Sequence[tuple[int, int, Features]],
+                  tokens: Callable[[Features], list[Tensor]]) -> GoodParts:
+    """Of views (part, turn, features) each part, 40 at most, against the others; tokens(features)
+    gives (1, T, D) unit vectors a level."""
+    bank, own, most = [], [], max(16, BANK // len(views))
     for part, turn, features in views:
-        features = features.to(model.device, torch.float32)
-        levels = [t for t, _ in detect_levels(model, features).values()]
+        levels = tokens(features)
         kept = [thin(t, t.new_zeros(2, t.shape[1]), turn, most)[0] for t in levels]
         bank.append([(t, torch.full(t.shape[1:2], part, device=t.device)) for t in kept])
         own += [(part, levels)] if turn == 0 else []
@@ -1894,7 +1900,7 @@ def load(path: str | os.PathLike | None = None, *, encoder: str | os.PathLike | 
     compile  torch.compile encoder and decoder in place: pays on a GPU with images of one size.
     Raises FileNotFoundError or ValueError for a missing, truncated, foreign or newer file.
     """
-    device, own = check_device(device), None
+    device, own, given = check_device(device), None, encoder
     with contextlib.suppress(FileNotFoundError):   # a copied icas.py may have no shipped one
         own = shipped_path()
     path = path or own or shipped_path()
@@ -1912,7 +1918,8 @@ def load(path: str | os.PathLike | None = None, *, encoder: str | os.PathLike | 
         check(encoder, f"encoder: no file with SHA-256 {wanted} beside {os.fspath(path)!r}; pass "
               "encoder=", FileNotFoundError)
     state, name = convert(encoder), f"encoder {os.fspath(encoder)!r}"
-    if (found := sha256(encoder)) != wanted:
+    found = wanted if given is None else sha256(encoder)
+    if found != wanted:
         check(not config.features, f"encoder: {os.fspath(encoder)!r} has SHA-256 {found}, the "
               f"checkpoint was trained with {wanted} and reads its features; pass that file, or "
               "train.py --encoder for this")

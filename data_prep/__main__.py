@@ -100,9 +100,9 @@ def annotate(folder: Path, out: Path, port: int, browser: bool, **options) -> No
 
 def main(argv: list[str] | None = None) -> int:
     args = vars(arguments().parse_args(argv))
-    name = args["name"]
+    name = args.pop("name")
     try:
-        {"annotate": annotate}.get(args.pop("name"), functools.partial(prepare, name))(**args)
+        {"annotate": annotate}.get(name, functools.partial(prepare, name))(**args)
     except KeyError as error:
         print(f"data_prep: {name}: an annotation lacks {error}; are its files those that were "
               "published?", file=sys.stderr)
