@@ -144,7 +144,8 @@ def score(store: Store, episode: dict, peers: bool) -> dict[str, dict]:
             entries = {method: [int((x & truth).sum()), int((x | truth).sum()), truth.size]
                        for method, x in hard.items()}
         else:
-            maps |= {m: ndimage.gaussian_filter(x, 4) for m, x in maps.items() if m == PEERS[4]}
+            if peers:
+                maps["AnomalyDINO recipe"] = ndimage.gaussian_filter(maps["AnomalyDINO recipe"], 4)
             maps["icas"] = result.map
             entries = {"icas": result.score} | result.parts | {
                 method: float(icas.top_share(x)) for method, x in tokens.items()}
@@ -277,7 +278,7 @@ def speed(model: icas.ICAS, sam: bool) -> dict:
     work = {"encoder": lambda: model.encoder(image, model.config.blocks)[0].sum().item(),
             "segment": lambda: icas.segment(image[0], large),   # .item() waits for a GPU
             "segment, small mark": lambda: icas.segment(image[0], small)}
-    modules = {"encoder": model.encoder, "decoder": model.decoder or torch.nn.Identity()}
+    modules = {"encoder": model.encoder, "decoder": model.decoder}
     if sam:
         from transformers import SamConfig, SamModel
         vision = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16,
@@ -353,7 +354,8 @@ def start(args: argparse.Namespace) -> icas.ICAS:
         return model.eval().requires_grad_(False)
     model = icas.load(args.model, encoder=args.encoder, device=args.device)
     given = dict(x.split("=", 1) for x in args.config)
-    model.config = dataclasses.replace(model.config, **{k: json.loads(given[k]) for k in given})
+    changes = {name: json.loads(value) for name, value in given.items()}
+    model.config = dataclasses.replace(model.config, **changes)
     model.decoder.config = model.config
     return model
 
@@ -373,7 +375,7 @@ def run(args: argparse.Namespace) -> None:
                    args.normals, args.good) for name, records in sources.items()}
     for name, records in sources.items():
         check(plans.get(name, []), records)
-    files = [icas.__file__, __file__, args.model or icas.shipped_path()]
+    files = [icas.__file__, __file__, args.model or icas.find_shipped(icas.CHECKPOINT)]
     free = ("out", "replay", "device", "data", "seeds")   # they decide no figure of an episode
     fixed = [{k: v for k, v in vars(args).items() if k not in free}, model.kind,
              list(map(icas.sha256, files))]
@@ -393,7 +395,7 @@ def run(args: argparse.Namespace) -> None:
             sets[name] = json.loads(part.read_text())
     if rank() > 0:
         return
-    rows, methods = list(sets.values()), dict.fromkeys(m for rows in sets.values() for m in rows)
+    methods = dict.fromkeys(method for own in sets.values() for method in own)
     text = "\n\n".join(f"{name}\n{table(own)}" for name, own in sets.items())
     if args.task == "speed":
         result = speed(model, args.sam)
@@ -405,6 +407,7 @@ def run(args: argparse.Namespace) -> None:
             for m in methods}}
         text = table(result["development"])
     else:
+        rows = list(sets.values())
         columns = [k for k, v in rows[0]["icas"].items() if isinstance(v, dict) and "seeds" in v]
         result = figures(rows, "icas", columns) | {"data": sets, "episodes": plans, "baselines": {
             m: figures(rows, m, columns) for m in PEERS if m in methods}}

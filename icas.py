@@ -68,7 +68,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-__version__ = "0.10.0"
+__version__ = "0.11.0"
 __all__ = ["Batch", "Config", "Detection", "EncodedImage", "Features", "ICAS", "Prepared",
            "References", "Segmentation", "Truths", "convert", "detect", "encode", "encode_image",
            "fit", "load", "mutual", "overlay", "prepare", "save", "segment", "to_mask", "to_rgb"]
@@ -830,12 +830,11 @@ def mask_scores(decoder: Decoder, decoded: Decoded, tokens: Tensor, prompt: Prom
                 reference_masks: Tensor | None = None) -> Scores:
     """The four scores of section 3.4. tokens (B, T, D) are the target's of the last tapped block;
     reference_masks (1, J, D) unit vectors Q_r: without them the pooled Q_ntp^0 stands in."""
-    last, plain, content = decoder.config.last, decoder.config.plain_sum, decoded.content[-1]
-    probs = decoder.class_logits(content, decoded.classes[-1]).softmax(dim=-1)
+    last, plain = decoder.config.last, decoder.config.plain_sum
+    probs = decoder.class_logits(decoded.content[-1], decoded.classes[-1]).softmax(dim=-1)
     # s, n: a mask counts by how little it is background (departure 13)
     (p_prompt, p_fg), (s, n) = probs[..., 0], 1 - probs[..., 2]
-    masks = decoder.mask_logits(content, decoded.pixels).sigmoid()
-    pooled = mask_features(masks, tokens)
+    masks, pooled = mask_features(decoder, decoded, tokens)
     shares = torch.stack([prompt.foreground[last], prompt.background[last]], dim=1)
     sides = F.normalize(mask_pool(prompt.tokens[last], shares), dim=-1)   # Q_p^0, Q_ntp^0
     # softmax(Q_p^0 . Q_m | Q_p^0, Q_ntp^0), and min_j 1 - <Q_m^i, Q_r^j>
@@ -847,14 +846,15 @@ def mask_scores(decoder: Decoder, decoded: Decoded, tokens: Tensor, prompt: Prom
     return Scores(*(claimed(*pair, masks, plain) for pair in pairs))
 
 
-def mask_features(masks: Tensor, tokens: Tensor) -> Tensor:
-    """Q_m (B, K, D): unit features of tokens (B, T, D) pooled under masks (B, K, 4 H0, 4 W0)."""
-    return F.normalize(mask_pool(tokens, F.avg_pool2d(masks, 4).flatten(2)), dim=-1)
+def mask_features(decoder: Decoder, decoded: Decoded, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """script M_t (B, K, 4 H0, 4 W0) in [0, 1] and, of tokens (B, T, D) under them, unit Q_m."""
+    masks = decoder.mask_logits(decoded.content[-1], decoded.pixels).sigmoid()
+    return masks, F.normalize(mask_pool(tokens, F.avg_pool2d(masks, 4).flatten(2)), dim=-1)
 
 
-def top_share(token_map: Tensor, share: float = 0.01) -> Tensor:
+def top_share(token_map: Tensor) -> Tensor:
     """Image score: mean of the top 1 % of a map of any shape, at least one of its values."""
-    return token_map.flatten().topk(max(1, round(token_map.numel() * share))).values.mean()
+    return token_map.flatten().topk(max(1, round(token_map.numel() * 0.01))).values.mean()
 
 
 # ---- 3.4 Inference: pictures and references in ---------------------------------------------------
@@ -887,13 +887,12 @@ def read_rgb(image: Any, name: str = "image", value_range: Sequence[float] | Non
     x, name, shape = to_array(image, name, rgb=True, most=most)
     check(x.ndim == 3 and x.shape[-1] in (1, 3, 4) and x.numel(), f"{name}: expected (H, W), (H, W,"
           f" 3) or (H, W, 4) with at least one pixel, or a (3, H, W) tensor; got {brief(image)}")
-    check(value_range is None or not x.isnan().any(),
-          f"{name}: expected finite values, got NaN; replace them first")
-    x, alpha = x.tensor_split([3], dim=-1)
     if value_range is not None:
+        check(not x.isnan().any(), f"{name}: expected finite values, got NaN; replace them first")
         check(isinstance(value_range, (tuple, list)) and len(value_range) == 2 and all(
             isinstance(v, numbers.Real) for v in value_range) and value_range[0] < value_range[1],
             f"value_range: expected (low, high) with low < high, got {value_range!r}")
+    x, alpha = x.tensor_split([3], dim=-1)
     if value_range is not None and x.dtype != torch.uint8:
         low, high = value_range
         x = ((x.double() - low) / (high - low)).clamp(0, 1)
@@ -918,8 +917,8 @@ def read_rgb(image: Any, name: str = "image", value_range: Sequence[float] | Non
 def shrink(x: Tensor, block: int) -> Tensor:
     """(H, W, C) -> (H / block, W / block, C) float32 means of square blocks, those at the edge of
     what is there; in strips, for as floats 48 million pixels take 0.6 GB."""
-    pool = functools.partial(F.avg_pool2d, kernel_size=block, ceil_mode=True)
-    strips = [pool(rearrange(strip, "h w c -> c h w").float()) for strip in x.split(64 * block)]
+    strips = [F.avg_pool2d(rearrange(strip, "h w c -> c h w").float(), block, ceil_mode=True)
+              for strip in x.split(64 * block)]
     return rearrange(torch.cat(strips, dim=1), "c h w -> h w c")
 
 
@@ -1256,9 +1255,9 @@ def pool_shots(model: ICAS, shots: Sequence[Shot]) -> Prompt:
     limits = [most] * blocks + [min(most, 1 << 14) // scale ** 2] * detail + [most]
     for shot in shots:
         features = shot.features.to(model.device, torch.float32)
-        tokens, (coarse, *fine) = model.levels(features, scale), shot.sides
+        coarse, *fine = (side.to(model.device) for side in shot.sides)
         sides = [coarse] * blocks + [fine[scale - 1]] * detail + [coarse]
-        sides = [s.to(model.device) for s in sides]
+        tokens = model.levels(features, scale)
         if shot.label and shot.image and not shot.turn:
             usual.append([usual_distance(t, s[None]) for t, s in zip(tokens, sides)])
         tokens += model.neck(features.maps)   # a level more, for Q_p^0 and Q_ntp^0
@@ -1310,9 +1309,13 @@ class Prepared:
             features = shot.features.to(model.device, torch.float32)
             levels = model.levels(features)
             decoded = model.decode(features, levels, prompt)
-            masks = model.decoder.mask_logits(decoded.content[-1], decoded.pixels).sigmoid()
-            pooled.append(mask_features(masks, levels[model.config.last]))
+            pooled.append(mask_features(model.decoder, decoded, levels[model.config.last])[1])
         return torch.cat(pooled, dim=1)
+
+    @functools.cached_property
+    def images(self) -> list[str]:
+        """The good parts' hashes, sorted: the order that they are given in decides nothing."""
+        return sorted({shot.image for shot in self.references.normals})
 
     @functools.cached_property
     def good(self) -> GoodParts:
@@ -1513,11 +1516,10 @@ FEW = 4   # good parts from which on a marked prompt relies on them
 
 @torch.no_grad()
 def score_parts(model: ICAS, features: Features, prompt: Prompt,
-                reference_masks: Tensor | None = None, every: bool = False,
-                weight: float | None = None) -> dict[str, Tensor]:
+                reference_masks: Tensor | None = None) -> dict[str, Tensor]:
     """(4 H0, 4 W0) float32 log-odds of one image by each part and, as "icas", by all together
-    (departure 14); with `every` also by parts that do not count. weight: the detail's, if set."""
-    config, parts, mixed = model.config, {}, {}
+    (departure 14), for which S_n and S_n mfm do not count."""
+    config, parts, mixed = model.config, {}, []
     levels, grids = model.levels(features, prompt.scale), model.grids(features, prompt.scale)
     size, matches = [4 * n for n in features.maps.shape[-2:]], model.match(levels, prompt)
     names = [f"block {block}" for block in config.blocks] + ["detail"] * config.detail
@@ -1525,27 +1527,27 @@ def score_parts(model: ICAS, features: Features, prompt: Prompt,
         pair = torch.stack([20 * (m.best_fg - m.best_bg), 4 * m.fisher], dim=1)          # 1 2 t
         nearest, fisher = F.interpolate(pair.unflatten(2, grid), size=size, mode="bilinear")[0]
         parts |= {f"{name} nearest": nearest, f"{name} Fisher": fisher}
-        mixed[name] = (2 * nearest + fisher) / 3
-    detail = mixed.pop("detail", None)
-    odds = torch.stack(list(mixed.values())).mean(dim=0)
+        mixed.append((2 * nearest + fisher) / 3)
+    odds = torch.stack(mixed[:len(config.blocks)]).mean(dim=0)
     decoded = model.decode(features, levels, prompt, matches)
     scores = mask_scores(model.decoder, decoded, levels[config.last], prompt, reference_masks)
     paper = {"S_s": scores.semantic[0], "S_s mfm": scores.semantic_mfm[0]}
     parts |= {name: torch.logit(x.clamp(0.007, 0.993)) for name, x in paper.items()}
-    if every:
-        parts |= {"S_n": torch.logit(scores.normal[0], 1e-4),
-                  "S_n mfm": torch.logit(scores.normal_mfm[0], 1e-4)}
+    parts |= {"S_n": torch.logit(scores.normal[0], 1e-4),
+              "S_n mfm": torch.logit(scores.normal_mfm[0], 1e-4)}
     if config.plain_sum:
         return parts | {"icas": torch.logit(sum(paper.values()).clamp(1e-4, 1 - 1e-4))}
     odds = odds + 0.15 * (parts["S_s"] + parts["S_s mfm"])
-    weight = prompt.weight if weight is None else weight
-    odds = odds if detail is None else odds + weight * (detail - odds)
-    if detail is not None and prompt.usual[-1].isfinite():
-        # how much farther from the background than the marked image's own background is
+    if config.detail:
+        odds = odds + prompt.weight * (mixed[-1] - odds)
+    if config.detail and prompt.usual[-1].isfinite():
+        # how much farther from the background than the marked image's own background is: twice
+        # as much for as against, and less where more than a tenth of the image is: another light
         far = beyond_usual(matches[-1].best_bg, prompt.usual[-1]).unflatten(1, grids[-1])
         parts["novelty"] = F.interpolate(far[None], size=size, mode="bilinear")[0, 0]
-        trust = 1 + (5 * math.sqrt(weight) if prompt.good >= FEW else 2 * weight)
-        odds = odds + trust * parts["novelty"]
+        rare = 0.1 / max(0.1, float((far > 0).float().mean()))
+        trust = 4 * math.sqrt(prompt.weight) if prompt.good >= FEW else prompt.weight
+        odds = odds + rare * (trust + torch.where(parts["novelty"] > 0, 3, 1.5)) * parts["novelty"]
     return parts | {"icas": odds}
 
 
@@ -1580,22 +1582,25 @@ def segment(images: Any, references: References | Prepared | None = None, *,
     check(interactive or ready.references.shots, "references: none given; pass anomalies=[(image, "
           "mask)], normals=[image], points=, boxes= or mask=")
 
+    def join_marks(image: EncodedImage, sides: Tensor) -> Prepared:   # as of the label "defect"
+        shot = make_shot(image.features, sides[:2], "defect")
+        return ready.join(References([shot], ready.model.kind))
+
     def find(image: EncodedImage) -> Segmentation:
         used = ready
-        if interactive:   # its own marks join the references, as a prompt of the label "defect"
+        if interactive:
             if ready.model.config.detail:
                 ready.model.look_closer(image.features)   # once, for all clicks
             sides = mark_sides(image.shape, points, point_labels, boxes, mask)
-            for look in range(1 if points is None else 2):
-                if look:   # clicks say nothing of a defect's size: half of the detail at first
-                    first = label_parts(used, image, "defect", weight=0.5)["icas"]
-                    first = to_shape(first[None].cpu().numpy(), sides.shape[1:])[0]
-                    sides = join_sure(sides, first)
-                shot = make_shot(image.features, sides[:2], "defect")
-                used = ready.join(References([shot], ready.model.kind))
+            used = join_marks(image, sides)
+            if points is not None:   # clicks say nothing of size: half of the detail at first
+                prompt = used.prompt("defect")._replace(weight=0.5)
+                first = score_parts(ready.model, image.features, prompt)["icas"]
+                first = to_shape(first[None].cpu().numpy(), sides.shape[1:])[0]
+                used = join_marks(image, join_sure(sides, first))
         labels, shown = used.references.labels or [""], {}
         found = [label_parts(used, image, label, parts) for label in labels]
-        if used.references.labels and used.prompt(labels[0]).good >= FEW:
+        if labels[0] and used.prompt(labels[0]).good >= FEW:
             novelty = beyond_good(ready, image.features, 0.3)
             for p in found:
                 p["icas"] = leave_good(p["icas"], novelty)
@@ -1608,15 +1613,15 @@ def segment(images: Any, references: References | Prepared | None = None, *,
     return each_image(images, ready.model, find)
 
 
-def label_parts(ready: Prepared, image: EncodedImage, label: str, every: bool = False,
-                weight: float | None = None) -> dict[str, Tensor]:
-    """`score_parts` of one label, "icas" alone unless `every`; the label "" is of good parts."""
+def label_parts(ready: Prepared, image: EncodedImage, label: str,
+                every: bool = False) -> dict[str, Tensor]:
+    """`score_parts` of one label; of good parts, the label "", "icas" alone unless `every`."""
     masks, parts = ready.reference_masks if every else None, {}
     if label or every:
-        parts = score_parts(ready.model, image.features, ready.prompt(label), masks, every, weight)
+        parts = score_parts(ready.model, image.features, ready.prompt(label), masks)
     if not label:
         parts["icas"] = 4 * (beyond_good(ready, image.features, RATE) - 1)
-    return parts if every else {"icas": parts["icas"]}
+    return parts
 
 
 def leave_good(odds: Tensor, novelty: Tensor) -> Tensor:
@@ -1670,19 +1675,18 @@ class GoodParts(NamedTuple):
     bank: list[Tensor]      # (1, R, D): their tokens, unit vectors
     owner: list[Tensor]     # (R,): which part a token is of
     typical: np.ndarray     # (levels,) median score of an unseen good part, in cosine distance
-    weights: np.ndarray     # (levels,) of sum 1: a level where good parts lie far apart says less
+    weights: np.ndarray     # (levels,) of sum 1, see `learn_good`
     scores: np.ndarray      # (k,) of the good parts themselves, each against the others
 
 
 def detect_levels(model: ICAS, features: Features) -> dict[str, tuple[Tensor, tuple[int, int]]]:
     """Name -> unit tokens (1, T, D), grid: tapped blocks, and the detail at strides 8 and 16, of
     the picture and, on the same grid, of that at twice the side."""
-    names = [f"block {block}" for block in model.config.blocks]
-    found = {name: (tokens, features.maps.shape[-2:])
-             for name, tokens in zip(names, model.tokens(features.maps))}
+    found = {f"block {block}": (tokens, features.maps.shape[-2:])
+             for block, tokens in zip(model.config.blocks, model.tokens(features.maps))}
     if model.config.detail:
-        for name, x in (("detail", features.detail[:, 24:]), ("fine detail", F.avg_pool2d(
-                model.look_closer(features)[:, 24:].float(), 2))):
+        fine = F.avg_pool2d(model.look_closer(features)[:, 24:].float(), 2)
+        for name, x in (("detail", features.detail[:, 24:]), ("fine detail", fine)):
             found[name] = unit_tokens(x), x.shape[-2:]
     return found
 
@@ -1699,23 +1703,23 @@ def novelty(ready: Prepared, tokens: Tensor, bank: Tensor, owner: Tensor, leave:
 
 
 BANK = 1 << 14   # tokens of a level that all good parts keep together: 40 cost what 8 do
+DAMAGES = 16     # damaged copies of good parts that weigh the levels
 
 
 def learn_good(ready: Prepared) -> GoodParts:
     """What the good parts show. Of up to four, copies turned by 45 degrees count too if they
     bring a part that is left out 15 % nearer, where parts lie as they happen to. Of one they
-    always do, and stand for a second part."""
+    always do, and stand for a second part. A level weighs by how much farther a damaged part lies
+    (the log), and the less the farther good ones do."""
     model, shots = ready.model, ready.references.normals
-    images = list(dict.fromkeys(shot.image for shot in shots))
-    one, few, views = len(images) == 1, len(images) <= 4, []
+    one, few = len(ready.images) == 1, len(ready.images) <= 4
 
     @functools.lru_cache(64 if few else 0)   # of few, what both looks below compare is kept
     def tokens(features: Features) -> list[Tensor]:
         seen = features.to(model.device, torch.float32)
         return [t for t, _ in detect_levels(model, seen).values()]
-    for shot in shots:
-        views.append((int(shot.turn > 0) if one else images.index(shot.image), shot.turn,
-                      shot.features))
+    views = [(int(shot.turn > 0) if one else ready.images.index(shot.image), shot.turn,
+              shot.features) for shot in sorted(shots, key=lambda shot: shot.image)]
     known = None if one else leave_one_out(ready, views, tokens)
     if one or few and any(shot.turn for shot in shots):
         for part, _, features in [view for view in views if view[1] == 0]:
@@ -1725,36 +1729,67 @@ def learn_good(ready: Prepared) -> GoodParts:
                 seen = encode_pixels(torch.from_numpy(turned), pixels.shape[:2], model)
                 views.append((part + one, angle, seen.features))
         turning = leave_one_out(ready, views, tokens)
-        known = turning if one or np.median(known.typical / turning.typical) > 1.15 else known
-    return known
+        if one or np.median(np.median(known[3], 0) / np.median(turning[3], 0)) > 1.15:
+            known = turning
+    bank, owner, tested, scores = known
+    random, gains = np.random.default_rng(0), []
+    for i in np.arange(DAMAGES) % len(tested):
+        part, features = tested[i]
+        pixels = cut_paste(features.picture, random)
+        levels = tokens(encode_pixels(pixels, pixels.shape[:2], model).features)
+        gains.append(np.log(level_scores(ready, levels, bank, owner, part) / scores[i]))
+    typical = np.median(scores, axis=0)
+    weights = np.mean(gains, axis=0).clip(1e-3) / typical
+    weights = weights / weights.sum()
+    return GoodParts(bank, owner, typical, weights, scores / typical @ weights)
 
 
 def leave_one_out(ready: Prepared, views: Sequence[tuple[int, int, Features]],
-                  tokens: Callable[[Features], list[Tensor]]) -> GoodParts:
-    """Of views (part, turn, features) each part, 40 at most, against the others; tokens(features)
-    gives (1, T, D) unit vectors a level."""
-    bank, own, most = [], [], max(16, BANK // len(views))
+                  tokens: Callable[[Features], list[Tensor]]) -> tuple:
+    """Of views (part, turn, features) the bank, its owners, the parts that were tested, 40 at most,
+    and their `level_scores` against the others (k, levels); tokens(features) gives (1, T, D) unit
+    vectors a level."""
+    lying = [features for _, turn, features in views if turn == 0]
+    lying, bank, owner, own = lying[::math.ceil(len(lying) / 40)], [], [], []
+    most = max(16, BANK // len(views))
     for part, turn, features in views:
         levels = tokens(features)
         kept = [thin(t, t.new_zeros(2, t.shape[1]), turn, most)[0] for t in levels]
-        bank.append([(t, torch.full(t.shape[1:2], part, device=t.device)) for t in kept])
-        own += [(part, levels)] if turn == 0 else []
-    bank, owner = zip(*((torch.cat(t, dim=1), torch.cat(parts))
-                        for t, parts in (zip(*level) for level in zip(*bank))))
-    tops = [[float(top_share(novelty(ready, *level, part))) for level in zip(levels, bank, owner)]
-            for part, levels in own[::math.ceil(len(own) / 40)]]
-    x = np.maximum(tops, 1e-3)                                                   # k levels
-    typical = np.median(x, axis=0)
-    weights = typical ** -2 / (typical ** -2).sum()
-    return GoodParts(bank, owner, typical, weights, x / typical @ weights)
+        bank.append(kept)
+        owner.append([torch.full(t.shape[1:2], part, device=t.device) for t in kept])
+        own += [(part, features, levels)] if features in lying else []
+    bank = [torch.cat(level, dim=1) for level in zip(*bank)]
+    owner = [torch.cat(level) for level in zip(*owner)]
+    scores = [level_scores(ready, levels, bank, owner, part) for part, _, levels in own]
+    return bank, owner, [view[:2] for view in own], np.stack(scores)
+
+
+def level_scores(ready: Prepared, levels: Sequence[Tensor], bank: Sequence[Tensor],
+                 owner: Sequence[Tensor], leave: int) -> np.ndarray:
+    """(levels,) image score by each, at least 0.001; arguments as of `novelty`, a list each."""
+    found = (novelty(ready, *level, leave) for level in zip(levels, bank, owner))
+    return np.maximum([float(top_share(x)) for x in found], 1e-3)
+
+
+def cut_paste(picture: Tensor, random: np.random.Generator) -> Tensor:
+    """(H, W, 3) pixels of a good part's (1, 3, H, W) picture with damage: a piece as wide as 1/64
+    to 1/11 of the longer side, give or take a factor of two, is also somewhere else."""
+    pixels, (h, w) = rearrange(picture[0], "c h w -> h w c").clone(), picture.shape[2:]
+    side, stretch = max(h, w) * 2 ** random.uniform(-6, -3.5), 2 ** random.uniform(-1, 1)
+    a, b = (int(np.clip(n, 2, whole // 2)) for n, whole in ((side * stretch, h),
+                                                            (side / stretch, w)))
+    (y0, y1), (x0, x1) = (random.integers(whole - n, size=2) for n, whole in ((a, h), (b, w)))
+    pixels[y1:y1 + a, x1:x1 + b] = pixels[y0:y0 + a, x0:x0 + b].clone()
+    return pixels
 
 
 def good_maps(ready: Prepared, features: Features) -> dict[str, Tensor]:
     """(H, W) map of each level, in units of what unseen good parts score."""
     itself = -1   # of `mutual` pictures one is not compared with itself
     if ready.mutual:
-        same = [torch.equal(s.features.picture, features.picture) for s in ready.references.normals]
-        itself = same.index(True) if any(same) else -1
+        same = [ready.images.index(shot.image) for shot in ready.references.normals
+                if torch.equal(shot.features.picture, features.picture)]
+        itself = same[0] if same else -1
     return {name: novelty(ready, tokens, bank, owner, itself).view(grid) / typical
             for (name, (tokens, grid)), bank, owner, typical in zip(
                 detect_levels(ready.model, features).items(), *ready.good[:3])}
@@ -1763,12 +1798,10 @@ def good_maps(ready: Prepared, features: Features) -> dict[str, Tensor]:
 def all_levels(ready: Prepared, maps: dict[str, Tensor], features: Features) -> Tensor:
     """(4 H0, 4 W0) weighed mean of `good_maps`, for which level is right differs from part to part;
     scaled, so that the mean of its top 1 % is that of theirs: the levels peak at other places."""
-    size, levels = [4 * n for n in features.maps.shape[-2:]], zip(ready.good.weights, maps.values())
-    score, whole = 0.0, 0.0
-    for weight, x in levels:
-        score = score + float(weight) * top_share(x)
-        larger = F.interpolate(x[None, None], size=size, mode="bilinear")[0, 0]
-        whole = whole + float(weight) * larger
+    size, score, whole = [4 * n for n in features.maps.shape[-2:]], 0, 0
+    for weight, x in zip(ready.good.weights.tolist(), maps.values()):
+        score += weight * top_share(x)
+        whole += weight * F.interpolate(x[None, None], size=size, mode="bilinear")[0, 0]
     return whole * (score / top_share(whole).clamp_min(1e-6))   # 0 of a good part itself
 
 
@@ -1902,8 +1935,8 @@ def load(path: str | os.PathLike | None = None, *, encoder: str | os.PathLike | 
     """
     device, own, given = check_device(device), None, encoder
     with contextlib.suppress(FileNotFoundError):   # a copied icas.py may have no shipped one
-        own = shipped_path()
-    path = path or own or shipped_path()
+        own = find_shipped(CHECKPOINT)
+    path = path or own or find_shipped(CHECKPOINT)
     tensors, meta = read_file(path, "path", "icas-4")
     try:
         config = Config(**json.loads(meta["config"]))
@@ -1917,33 +1950,31 @@ def load(path: str | os.PathLike | None = None, *, encoder: str | os.PathLike | 
         encoder = next((file for file in beside if sha256(file) == wanted), None)
         check(encoder, f"encoder: no file with SHA-256 {wanted} beside {os.fspath(path)!r}; pass "
               "encoder=", FileNotFoundError)
-    state, name = convert(encoder), f"encoder {os.fspath(encoder)!r}"
+    state, name = convert(encoder), os.fspath(encoder)
     found = wanted if given is None else sha256(encoder)
     if found != wanted:
-        check(not config.features, f"encoder: {os.fspath(encoder)!r} has SHA-256 {found}, the "
-              f"checkpoint was trained with {wanted} and reads its features; pass that file, or "
-              "train.py --encoder for this")
-        config = replace(config, encoder=encoder_name(state, os.fspath(encoder)), blocks=(),
+        check(not config.features, f"encoder: {name!r} has SHA-256 {found}, the checkpoint was "
+              f"trained with {wanted} and reads its features; pass that file, or train.py "
+              "--encoder for this")
+        config = replace(config, encoder=encoder_name(state, name), blocks=(),
                          image_size=Config.image_size)   # no longer what suits the shipped one
-    model = start(state, found, config, name)
+    model = start(config, state, name, found, device, compile)
     load_state(model.decoder, tensors, os.fspath(path))
-    return finish(model, device, compile)
-
-
-def start(state: dict[str, Tensor], found: str, config: Config, name: str = "") -> ICAS:
-    """A model with both encoders' weights, its decoder as initialised, in eval mode."""
-    model = ICAS(config).eval()
-    load_state(model.encoder, state, name or f"encoder as {config.encoder}")
-    model.encoder_sha256 = found
-    if config.detail:
-        load_state(model.detail, read_file(find_shipped(DETAIL), "detail")[0], DETAIL)
     return model
 
 
-def finish(model: ICAS, device: torch.device, compile: bool) -> ICAS:
-    for part in (model.encoder, model.decoder):
-        if compile:
-            part.compile()
+def start(config: Config, state: dict[str, Tensor], name: str, sha: str, device: torch.device,
+          compile: bool) -> ICAS:
+    """A model in eval mode with both encoders' weights, its decoder as initialised; `state` is
+    the encoder's, from the file `name` with this SHA-256."""
+    model = ICAS(config).eval()
+    load_state(model.encoder, state, f"encoder {name!r}")
+    model.encoder_sha256 = sha
+    if config.detail:
+        load_state(model.detail, read_file(find_shipped(DETAIL), "detail")[0], DETAIL)
+    if compile:
+        model.encoder.compile()
+        model.decoder.compile()
     return model.to(device).requires_grad_(False)
 
 
@@ -1966,10 +1997,6 @@ def find_shipped(name: str) -> Path:
     check(found, f"path: {name} is in none of {list(map(str, places))}; put it there, or pass "
           "load(path)", FileNotFoundError)
     return found[0]
-
-
-def shipped_path() -> Path:
-    return find_shipped(CHECKPOINT)
 
 
 shipped = functools.cache(load)   # shipped() is the default model, loaded once
@@ -2184,7 +2211,7 @@ def draw_result(out: Path, run: dict, line: dict, pixels: Tensor | None = None) 
 
 
 def run_folder(images: dict[str, Path], out: Path, run: dict, find: Callable, model: ICAS,
-               skipped: Sequence[str] = ()) -> int:
+               skipped: Sequence[str]) -> int:
     """Score each image that OUT has no line of, then `finish_run`. returns the exit status.
 
     run   as in run.json; results of another "key" are never mixed in.

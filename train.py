@@ -34,7 +34,7 @@ from torch import Tensor
 
 import evaluate
 import icas
-from data_prep.episodes import Store, plan, read_sources
+from data_prep.episodes import Store, plan, points_in, read_sources
 from data_prep.manifest import check_sizes, choose
 from data_prep.views import FreshSynthetic, FreshViews, Rng, View, encode, rank, world
 
@@ -89,7 +89,9 @@ class Pairs:
             wanted = set(seen.names.values())
         elif wanted and (mode < 0.35 or reference is None):   # clicks on the target itself
             inside = (seen.labels == seen.names[label]).numpy()
-            prompt = [(seen, *(clicks(x, int(rng.integers(1, 6)), rng) for x in (inside, ~inside)))]
+            disks = (icas.disks(points_in(side, int(rng.integers(1, 6)), rng), *side.shape)
+                     for side in (inside, ~inside))   # as `icas.segment` draws clicks
+            prompt = [(seen, *disks)]
         else:
             views = [seen]
             if reference is not None:
@@ -134,13 +136,6 @@ def sides(shown: Sequence[tuple[View, Tensor, Tensor]], shots: int, config: icas
             "sides": [torch.stack(kept + [torch.zeros_like(kept[0])] * empty) for kept in shares]}
 
 
-def clicks(inside: np.ndarray, count: int, rng: Rng) -> Tensor:
-    """(H, W) disks at `count` random pixels of a region, as `icas.segment` draws them."""
-    y, x = np.nonzero(inside)
-    chosen = rng.integers(len(y), size=count) if len(y) else []
-    return icas.disks([(float(x[i]), float(y[i])) for i in chosen], *inside.shape)
-
-
 def segments(seen: View, wanted: set[int], config: icas.Config) -> icas.Truths:
     """Truths of one target: the prompted label, up to 12 other labels, the unlabelled rest."""
     present = set(seen.labels.unique().tolist())
@@ -159,12 +154,13 @@ def collate(pairs: list[dict], model: icas.ICAS) -> icas.Batch:
         return torch.stack(list(values)).to(model.device)
     if views[0].maps is None:
         found = encode(model, views)
-        maps, detail = found.maps, found.detail
     else:
-        maps, detail = (None if view[0] is None else stack(view).float()
-                        for view in (([v.maps for v in views]), [v.detail for v in views]))
-    cut = [None if x is None else x.tensor_split([len(pairs)]) for x in (maps, detail)]
-    target, reference = (icas.Features(*(x and x[i] for x in cut)) for i in (0, 1))
+        found = icas.Features(stack(v.maps for v in views).float())
+        if views[0].detail is not None:
+            found.detail = stack(v.detail for v in views).float()
+    cut = ((None, None) if x is None else x.tensor_split([len(pairs)])
+           for x in (found.maps, found.detail))
+    target, reference = map(icas.Features, *cut)
     sides = [stack(side) for side in zip(*(p["sides"] for p in pairs))]
     truths = [icas.Truths(*(x.to(model.device) for x in p["truths"])) for p in pairs]
     return icas.Batch(target, reference, sides, truths, stack(p["jitter"] for p in pairs))
@@ -261,13 +257,13 @@ def start_model(args: argparse.Namespace) -> icas.ICAS:
     compiled = device.type == "cuda" if args.compile is None else args.compile
     if args.init:
         return icas.load(args.init, encoder=args.encoder, device=device, compile=compiled)
-    encoder = args.encoder or icas.find_shipped("vits14-saliency.safetensors")
+    encoder = args.encoder or str(icas.find_shipped("vits14-saliency.safetensors"))
     state, shape = icas.convert(encoder), {name: getattr(args, name) for name in SHAPE}
-    config = icas.Config(icas.encoder_name(state, os.fspath(encoder)), blocks=args.blocks,
+    config = icas.Config(icas.encoder_name(state, encoder), blocks=args.blocks,
                          detail=args.detail, learned_queries=not args.gqs,
                          correspondence=args.correspondence, features=args.features, **shape)
     torch.manual_seed(args.seed)
-    return icas.finish(icas.start(state, icas.sha256(encoder), config), device, compiled)
+    return icas.start(config, state, encoder, icas.sha256(encoder), device, compiled)
 
 
 @contextlib.contextmanager
@@ -308,11 +304,6 @@ def read_state(path: Path) -> dict | None:
 # ---- One run -------------------------------------------------------------------------------------
 
 
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"--{name.replace('_', '-')}: expected {low} to {high}, got {value}")
-
-
 class Run:
     """A training: everything that can be wrong with arguments and data is found here, before it."""
 
@@ -320,10 +311,13 @@ class Run:
         self.args, self.out = args, Path(args.out)
         views = args.views if args.views is not None else 2 * bool(args.cache)
         least = {"batch_size": world(), "accumulate": 1, "shots": 1, "validate_every": 1,
-                 "log_every": 1, "same_image": 0, "jitter": 0, "good_targets": 0}
-        for name, low in least.items():
-            check_range(name, getattr(args, name), low, math.inf if low else 1)
-        check_range("views", views, 1 if args.cache else 0, math.inf)
+                 "log_every": 1, "views": 1 if args.cache else 0}
+        ranges = {name: (low, math.inf) for name, low in least.items()}
+        ranges |= dict.fromkeys(("same_image", "jitter", "good_targets"), (0, 1))
+        for name, (low, high) in ranges.items():
+            value = views if name == "views" else getattr(args, name)
+            icas.check(low <= value <= high, f"--{name.replace('_', '-')}: expected {low} to "
+                       f"{high}, got {value}")
         data, held = ({Path(m).resolve() for m in names} for names in (args.data, args.validate))
         if data & held:
             raise ValueError(f"--validate: {min(map(str, data & held))} is trained on too")

@@ -279,10 +279,15 @@ def clicks_on(truth: np.ndarray, count: int, *key) -> tuple[list, list]:
     negative ones, uniform over the rest, and their labels."""
     rng, inner, points = stream(*key), ndimage.binary_erosion(truth), []
     for side in (inner if inner.any() else truth, ~truth):
-        y, x = np.nonzero(side)
-        chosen = rng.integers(len(y), size=count) if len(y) else []
-        points += [(float(x[i]), float(y[i])) for i in chosen]
+        points += points_in(side, count, rng)
     return points, [1] * count + [0] * (len(points) - count)
+
+
+def points_in(inside: np.ndarray, count: int, rng: np.random.Generator) -> list:
+    """`count` random (x, y) of the pixels of (H, W) bool; none where it is empty."""
+    y, x = np.nonzero(inside)
+    chosen = rng.integers(len(y), size=count) if len(y) else []
+    return [(float(x[i]), float(y[i])) for i in chosen]
 
 
 def segments(episode: dict) -> bool:

@@ -977,7 +977,7 @@ def test_a_detail_file_of_another_net_is_refused_by_name(checkpoint):
 def test_a_checkpoint_alone_in_its_folder_finds_the_shipped_encoder(tmp_path):
     """What `train.py --init OUT/last.safetensors` and `evaluate.py --model` need."""
     shutil.copy(HOME / "checkpoints" / icas.CHECKPOINT, tmp_path / "last.safetensors")
-    shipped = icas.load(icas.shipped_path()).encoder_sha256
+    shipped = icas.load(icas.find_shipped(icas.CHECKPOINT)).encoder_sha256
     assert icas.load(tmp_path / "last.safetensors").encoder_sha256 == shipped
 
 

@@ -188,33 +188,47 @@ def resize(array, size):
                               mode="bilinear")[0, 0].numpy()
 
 
-def test_detection_weighs_its_levels_by_how_near_unseen_good_parts_are(tiny, rng, monkeypatch):
+def test_detection_weighs_its_levels_by_what_they_see_of_damage(tiny, rng, monkeypatch):
     monkeypatch.setattr(icas, "fast_bf16", lambda device: False)
     goods = [rng.integers(0, 256, (40, 40, 3), dtype=np.uint8) for _ in range(3)]
     image = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    # the tapped blocks, debiased, and the detail at strides 8 and 16, once at twice the side
-    tokens = {"block 2": [], "block 3": [], "block 4": [], "detail": [], "fine detail": []}
-    for picture in (*goods, image):
-        features = icas.encode_image(picture, model=tiny).features
+
+    def levels(features, half):
+        """The tapped blocks, debiased, and the detail at strides 8 and 16, once at twice the
+        side; references are kept in float16."""
         maps, detail = features.maps, features.detail
-        if picture is not image:  # references are kept in float16
+        if half:
             maps, detail = maps.half().float(), detail.half().float()
-        for number, block in zip(tiny.config.blocks, tiny.tokens(maps)):
-            tokens[f"block {number}"].append(block[0].double().numpy())
+        found = {f"block {number}": block[0].double().numpy()
+                 for number, block in zip(tiny.config.blocks, tiny.tokens(maps))}
         fine = icas.F.avg_pool2d(tiny.look_closer(features).float(), 2)
         for name, x in (("detail", detail), ("fine detail", fine)):   # channels 48 + 88 + 120
-            tokens[name].append(unit(x[0].flatten(1).T.double().numpy()[:, 24:]))
+            found[name] = unit(x[0].flatten(1).T.double().numpy()[:, 24:])
+        return found
+    encoded = [icas.encode_image(picture, model=tiny).features for picture in (*goods, image)]
+    shown = [levels(features, half=i < 3) for i, features in enumerate(encoded)]
+    tokens = {name: [x[name] for x in shown] for name in shown[0]}
 
     def distances(of, others):
         return (1 - of @ np.concatenate(others).T).min(axis=1)
-    own = np.array([[top(distances(x[i], [x[j] for j in range(3) if j != i])) for i in range(3)]
-                    for x in tokens.values()])
-    own = np.maximum(own, 1e-3)
+
+    def left_out(i, seen):
+        return [max(1e-3, top(distances(seen[name], [x[j] for j in range(3) if j != i])))
+                for name, x in tokens.items()]
+    own = np.array([left_out(i, shown[i]) for i in range(3)]).T
+    random, gains = np.random.default_rng(0), []
+    references = icas.encode(normals=goods, turns=False, model=tiny)
+    order = sorted(range(3), key=lambda i: references.shots[i].image)
+    for i in order * 5 + order[:1]:   # sixteen damaged copies, each against the other parts
+        pixels = icas.cut_paste(encoded[i].picture, random)
+        damaged = icas.encode_pixels(pixels, pixels.shape[:2], tiny).features
+        gains.append(np.log(left_out(i, levels(damaged, half=False)) / own[:, i]))
     typical = np.median(own, axis=1)
-    weights = typical ** -2 / (typical ** -2).sum()
+    weights = np.maximum(np.mean(gains, axis=0), 1e-3) / typical
+    weights /= weights.sum()
+    assert weights.min() < 0.5 / len(weights)   # it matters
     new = [distances(x[3], x[:3]) / t for x, t in zip(tokens.values(), typical)]
-    found = icas.detect(image, icas.encode(normals=goods, turns=False, model=tiny), parts=True,
-                        false_positive_rate=0.05, model=tiny)
+    found = icas.detect(image, references, parts=True, false_positive_rate=0.05, model=tiny)
     assert found.parts == pytest.approx(dict(zip(tokens, map(top, new))), rel=5e-3)
     assert found.score == pytest.approx(weights @ [*map(top, new)], rel=5e-3)
     maps = [w * resize(x.reshape(n, n), (32, 32))
@@ -230,6 +244,25 @@ def test_detection_weighs_its_levels_by_how_near_unseen_good_parts_are(tiny, rng
     quantile = scipy.stats.t.ppf(0.95, freedom)
     cut = middle + quantile * np.sqrt(spread * (1 + 1 / 3))
     assert found.threshold == pytest.approx(cut, rel=5e-3)
+
+
+def test_damage_is_a_piece_of_the_part_itself_elsewhere():
+    picture = torch.arange(3 * 90 * 160).reshape(1, 3, 90, 160)
+    changed, areas = [], []
+    for seed in range(40):
+        pixels = icas.cut_paste(picture, np.random.default_rng(seed))
+        assert pixels.shape == (90, 160, 3)
+        where = (pixels != picture[0].permute(1, 2, 0)).any(dim=2)
+        y, x = where.nonzero().T
+        assert where[y.min():y.max() + 1, x.min():x.max() + 1].all()   # one rectangle
+        first = pixels[y.min(), x.min(), 0].item()   # which names the place it came from
+        size = (y.max() - y.min() + 1, x.max() - x.min() + 1)
+        top, left = divmod(first, 160)
+        assert torch.equal(pixels[where], picture[0].permute(1, 2, 0)[
+            top:top + size[0], left:left + size[1]].flatten(0, 1))
+        areas.append(float(size[0] * size[1]) ** 0.5 / 160)
+    assert 1 / 90 < min(areas) < 1 / 40 and 1 / 20 < max(areas) < 1 / 8
+    assert picture.flatten()[-1] == 3 * 90 * 160 - 1   # the part itself is as it was
 
 
 def test_without_good_parts_each_picture_is_compared_with_the_nearest_of_the_others(
@@ -350,7 +383,8 @@ def test_novelty_is_the_detail_s_and_counts_more_for_small_marks(tiny, rng, side
     mask[20:20 + side, 10:10 + side] = True
     references = icas.encode([(images[0], mask)], model=tiny)
     prompt = icas.prepare(references, model=tiny).prompt("defect")
-    features = icas.encode_image(images[1], model=tiny).features
+    target = images[1] // (32 if side == 40 else 1)   # that one is of another light
+    features = icas.encode_image(target, model=tiny).features
     with_it = icas.score_parts(tiny, features, prompt)
     unknown = [torch.full((1,), np.inf)] * len(prompt.usual)
     without = icas.score_parts(tiny, features, prompt._replace(usual=unknown))
@@ -365,7 +399,10 @@ def test_novelty_is_the_detail_s_and_counts_more_for_small_marks(tiny, rng, side
     torch.testing.assert_close(added, expected, atol=0.02, rtol=0.01)
     plain = [x["icas"] - (1 - prompt.weight) * 0.15 * (x["S_s"] + x["S_s mfm"])
              for x in (with_it, without)]   # the decoder sees it too
-    torch.testing.assert_close(plain[0] - plain[1], (1 + 2 * prompt.weight) * added, atol=1e-4,
+    share = float((ratio > 0).float().mean())
+    assert (share > 0.1) == (side == 40)
+    trust = (torch.where(added > 0, 3, 1.5) + prompt.weight) * min(1, 0.1 / max(share, 1e-9))
+    torch.testing.assert_close(plain[0] - plain[1], trust * added, atol=1e-4,
                                rtol=1e-4)
     assert "novelty" not in without and prompt.scale == (1 if side == 40 else 2)
 

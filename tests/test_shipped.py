@@ -73,8 +73,8 @@ def test_a_click_marks_the_area_under_it(cells):
 
 def test_the_encoder_that_ships_is_the_one_of_the_record():
     found = "52cc6ece26324d17d7af1c45ef24cf942ae33d6acff53dac0bf870ddef203dc2"
-    assert icas.sha256(ENCODER) == found == icas.load(icas.shipped_path()).encoder_sha256
-    assert icas.shipped_path().stat().st_size < 36e6
+    assert icas.sha256(ENCODER) == found == icas.load().encoder_sha256
+    assert icas.find_shipped(icas.CHECKPOINT).stat().st_size < 36e6
 
 
 def test_naming_the_encoder_that_ships_brings_the_decoder_without_a_warning():
