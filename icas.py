@@ -34,7 +34,8 @@ Departures from the paper's text, where it is open or where its printed form doe
 12. Scores are the prompt's share of what all masks claim, not an unbounded sum (`plain_sum=True`).
 13. Mask-level matching has a temperature, and a mask counts by how little it is background.
 14. `segment` fuses S_s, S_s^mfm, matching of tokens and, of small marks, of a small CNN's cells at
-    twice the input's side, and how far these are from all background (`detail=False`: neither).
+    twice the input's side, and how far these are from all background (`detail=False`: neither);
+    a guided filter then moves the borders of what it marks to the picture's own edges.
 15. The input keeps the picture's aspect ratio, at about (image_size / 14)^2 tokens.
 16. `detect` compares tokens with good parts by nearest neighbour, or where none is known with
     other images (`mutual`); S_n is left to `segment`.
@@ -308,6 +309,7 @@ class Prompt(NamedTuple):
     weight: float = 0.0       # the detail's beside the blocks, see `detail_weight`
     scale: int = 1            # 2: the detail is of a picture of twice the side
     good: int = 0             # good parts among the images
+    decoder: float = 0.2      # weight of the decoder's log-odds beside those of matching
 
     @property
     def marked(self) -> Tensor:
@@ -1270,8 +1272,10 @@ def pool_shots(model: ICAS, shots: Sequence[Shot]) -> Prompt:
     unknown = [torch.full((1,), math.inf, device=model.device)] * len(levels)
     usual = [torch.stack(u).mean(dim=0) for u in zip(*(usual or [unknown]))]
     good = len({shot.image for shot in shots if not shot.label})
+    # the background of clicks, which have no image's hash, is a guess that matching trusts blindly
+    decoder = 1.0 if any(shot.label and not shot.image for shot in shots) else 0.2
     return Prompt(*map(list, zip(*levels)), directions, usual, neck[0] if neck else (), weight,
-                  scale, good)
+                  scale, good, decoder)
 
 
 def detail_weight(marked: Sequence[float]) -> float:
@@ -1537,9 +1541,9 @@ def score_parts(model: ICAS, features: Features, prompt: Prompt,
               "S_n mfm": torch.logit(scores.normal_mfm[0], 1e-4)}
     if config.plain_sum:
         return parts | {"icas": torch.logit(sum(paper.values()).clamp(1e-4, 1 - 1e-4))}
-    odds = odds + 0.15 * (parts["S_s"] + parts["S_s mfm"])
     if config.detail:
         odds = odds + prompt.weight * (mixed[-1] - odds)
+    odds = odds + prompt.decoder * (parts["S_s"] + parts["S_s mfm"])
     if config.detail and prompt.usual[-1].isfinite():
         # how much farther from the background than the marked image's own background is: twice
         # as much for as against, and less where more than a tenth of the image is: another light
@@ -1604,6 +1608,9 @@ def segment(images: Any, references: References | Prepared | None = None, *,
             novelty = beyond_good(ready, image.features, 0.3)
             for p in found:
                 p["icas"] = leave_good(p["icas"], novelty)
+        for label, p in zip(labels, found if labels[0] else []):
+            share = 0.6 * (1 - used.prompt(label).weight)   # not of what is as small as its window
+            p["icas"] = follow_edges(p["icas"], image.features.picture, share)
         maps = torch.stack([p["icas"] for p in found]).cpu().numpy()
         if parts:
             shown = {name: to_shape(x[None].cpu().numpy(), image.shape)[0]
@@ -1630,6 +1637,29 @@ def leave_good(odds: Tensor, novelty: Tensor) -> Tensor:
     highest = scipy.ndimage.maximum(novelty.cpu().numpy(), inside, np.arange(inside.max() + 1))
     highest[highest > 1], highest[0] = np.inf, np.inf   # region 0 is what lies outside all
     return odds.minimum(torch.from_numpy(4 * (highest - 1)).to(odds)[torch.from_numpy(inside)])
+
+
+def follow_edges(odds: Tensor, picture: Tensor, share: float) -> Tensor:
+    """(2 H, 2 W) log-odds from (H, W): `share` of them by a fast guided filter (He and Sun, 2015),
+    in each 11 x 11 window a linear function of the colours of the (1, 3, h, w) uint8 picture. So
+    marks end where the picture has an edge, and an odd cell is overruled by what looks like it."""
+    def mean(x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 11, stride=1, padding=5, count_include_pad=False)
+
+    def products(x: Tensor) -> Tensor:
+        return (x[:, :, None] * x[:, None]).flatten(1, 2)
+    size, plain = [2 * n for n in odds.shape], odds[None, None]
+    fine = F.adaptive_avg_pool2d(picture / 255, size)                              # 1 3 2H 2W
+    both = torch.cat([F.avg_pool2d(fine, 2), plain.clamp(-4, 4)], dim=1)           # 1 4 H W
+    centre = mean(both)
+    scatter = rearrange(mean(products(both)) - products(centre), "b (i j) h w -> b h w i j", i=4)
+    own = scatter[..., :3, :3] + 2e-4 * torch.eye(3, device=odds.device)
+    slope = torch.cholesky_solve(scatter[..., :3, 3:], torch.linalg.cholesky(own))
+    slope = rearrange(slope, "b h w i 1 -> b i h w")
+    offset = centre[:, 3:] - (slope * centre[:, :3]).sum(dim=1, keepdim=True)
+    lines = F.interpolate(mean(torch.cat([slope, offset], dim=1)), size=size, mode="bilinear")
+    plain = F.interpolate(plain, size=size, mode="bilinear")[0, 0]
+    return plain + share * ((lines[:, :3] * fine).sum(dim=1)[0] + lines[0, 3] - plain)
 
 
 def check_threshold(threshold: float | None) -> float:

@@ -311,7 +311,7 @@ def test_marks_on_a_large_picture_lie_where_they_lie_on_a_small_one(tiny, rng, m
         assert sides.shape == (3, 30, 50) and sides[0].any() and sides[1].any()
         again = icas.segment(image, model=tiny, **c)
         assert again.mask.shape == (120, 200)
-        assert np.corrcoef(again.maps.ravel(), whole.maps.ravel())[0, 1] > 0.8
+        assert np.corrcoef(again.maps.ravel(), whole.maps.ravel())[0, 1] > 0.7
 
 
 # ---- overlays ------------------------------------------------------------------------------------
@@ -466,7 +466,9 @@ def test_clicks_are_looked_at_twice(tiny, rng, monkeypatch):
     monkeypatch.setattr(icas, "SURE", 1e9)
     once = icas.segment(image, model=tiny, **clicks).score
     prompt = icas.pool_shots(tiny, [icas.make_shot(features, sides[:2], "defect")])
-    first = icas.score_parts(tiny, features, prompt)["icas"][None, None]
+    assert prompt.decoder == 1.0   # of marks on other images 0.2
+    first = icas.score_parts(tiny, features, prompt)["icas"]
+    first = icas.follow_edges(first, features.picture, 0.6 * (1 - prompt.weight))[None, None]
     first = F.interpolate(first, (40, 40), mode="bilinear")[0, 0].sigmoid()
     np.testing.assert_allclose(once, first, atol=1e-4)
     assert np.abs(once - twice).max() > 1e-4
@@ -573,9 +575,9 @@ def test_a_result_is_judged_anew_at_another_threshold_without_the_model(tiny, rn
 
 def test_results_keep_the_small_maps_and_show_them_at_any_size(tiny, rng, references):
     image, (h0, w0) = picture(rng, 370, 530), icas.token_grid(370, 530, tiny.config)
-    for found in (icas.segment(image, references, model=tiny),
-                  icas.detect(image, references, model=tiny)):
-        assert found.maps.shape == (1, 4 * h0, 4 * w0) and found.maps.dtype == np.float32
+    for found, fine in ((icas.segment(image, references, model=tiny), 8),
+                        (icas.detect(image, references, model=tiny), 4)):
+        assert found.maps.shape == (1, fine * h0, fine * w0) and found.maps.dtype == np.float32
         assert found.mask.shape == found.shape == (370, 530)
         small = dataclasses.replace(found, shape=(37, 53))
         assert small.mask.shape == (37, 53) and small.label_scores.shape == (1, 37, 53)

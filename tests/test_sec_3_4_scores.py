@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+import torch.nn.functional as F
 
 import icas
 
@@ -397,7 +398,7 @@ def test_novelty_is_the_detail_s_and_counts_more_for_small_marks(tiny, rng, side
     grid, added = tiny.grids(features, prompt.scale)[-1], with_it["novelty"]
     expected = torch.from_numpy(resize(ratio.view(grid).numpy(), (32, 32)))
     torch.testing.assert_close(added, expected, atol=0.02, rtol=0.01)
-    plain = [x["icas"] - (1 - prompt.weight) * 0.15 * (x["S_s"] + x["S_s mfm"])
+    plain = [x["icas"] - 0.2 * (x["S_s"] + x["S_s mfm"])
              for x in (with_it, without)]   # the decoder sees it too
     share = float((ratio > 0).float().mean())
     assert (share > 0.1) == (side == 40)
@@ -405,6 +406,54 @@ def test_novelty_is_the_detail_s_and_counts_more_for_small_marks(tiny, rng, side
     torch.testing.assert_close(plain[0] - plain[1], trust * added, atol=1e-4,
                                rtol=1e-4)
     assert "novelty" not in without and prompt.scale == (1 if side == 40 else 2)
+
+
+def guided(odds, colours, radius, eps):
+    """The guided filter as He and Sun print it, window by window, of what lies in the picture."""
+    h, w = odds.shape
+    clipped, slopes, offsets = odds.clip(-4, 4), np.zeros((h, w, 3)), np.zeros((h, w))
+
+    def window(y, x):
+        return (slice(max(0, y - radius), y + radius + 1), slice(max(0, x - radius), x + radius + 1))
+    for y, x in np.ndindex(h, w):
+        seen, values = colours[window(y, x)].reshape(-1, 3), clipped[window(y, x)].ravel()
+        scatter = np.cov(seen.T, bias=True) + eps * np.eye(3)
+        gap = ((seen - seen.mean(0)) * (values - values.mean())[:, None]).mean(0)
+        slopes[y, x] = np.linalg.solve(scatter, gap)
+        offsets[y, x] = values.mean() - slopes[y, x] @ seen.mean(0)
+    means = [[x[window(*place)].mean(axis=(0, 1)) for place in np.ndindex(h, w)]
+             for x in (slopes, offsets)]
+    return np.reshape(means[0], (h, w, 3)), np.reshape(means[1], (h, w))
+
+
+def test_marks_follow_the_picture_s_edges_as_the_guided_filter_does(rng):
+    h, w = 18, 23
+    picture = torch.from_numpy(rng.integers(0, 256, (1, 3, 4 * h, 4 * w), dtype=np.uint8))
+    odds = torch.from_numpy(rng.normal(0, 4, (h, w)).astype(np.float32))
+    fine = picture[0].float().view(3, 2 * h, 2, 2 * w, 2).mean(dim=(2, 4)).numpy() / 255
+    small = fine.reshape(3, h, 2, w, 2).mean(axis=(2, 4)).transpose(1, 2, 0)
+    slopes, offsets = guided(odds.numpy(), small, 5, 2e-4)
+    lines = np.concatenate([slopes, offsets[..., None]], axis=2).transpose(2, 0, 1)
+    lines = np.stack([resize(x, (2 * h, 2 * w)) for x in lines])
+    edges = (lines[:3] * fine).sum(axis=0) + lines[3]
+    plain = resize(odds.numpy(), (2 * h, 2 * w))
+    for share in (0.0, 0.6, 1.0):
+        found = icas.follow_edges(odds, picture, share).numpy()
+        np.testing.assert_allclose(found, (1 - share) * plain + share * edges, atol=2e-3)
+
+
+def test_a_mark_that_spills_over_an_edge_is_drawn_back_to_it():
+    picture = torch.full((1, 3, 160, 160), 60, dtype=torch.uint8)
+    picture[..., :80] = 190
+    odds = torch.full((40, 40), -3.0)
+    odds[:, :20], odds[:, 20:22] = 3.0, 1.0   # two cells too far, less sure
+    truth = (torch.arange(80) < 40).expand(80, 80)
+    plain = F.interpolate(odds[None, None], (80, 80), mode="bilinear")[0, 0] > 0
+    found = icas.follow_edges(odds, picture, 0.6) > 0
+    assert (plain != truth).float().mean() > 0.03
+    assert (found != truth).float().mean() < 0.01
+    flat = torch.full_like(picture, 100)   # without an edge nothing moves far
+    assert ((icas.follow_edges(odds, flat, 0.6) > 0) != plain).float().mean() < 0.02
 
 
 def test_clicks_and_good_parts_alone_have_no_novelty(tiny, rng):
