@@ -56,7 +56,8 @@ def segmentation_peers(store: Store, episode: dict, name: str) -> dict[str, Tens
     without debiasing. Good parts join the background; of them alone there is no peer."""
     model, target, clicks = store.model, store.image(name), store.clicks(name, episode)
     if clicks:
-        pairs = [(target, icas.mark_sides(target.shape, *clicks.values(), None, None)[:2])]
+        inside, far, other = icas.mark_sides(target.shape, *clicks.values(), None, None)
+        pairs = [(target, torch.stack([inside, other if other.any() else far]))]
     elif episode["prompts"]:
         shown = [*episode["prompts"], *episode["normals"]]
         masks = [torch.from_numpy(store.truth(n, episode["label"])).float() for n in shown]

@@ -69,7 +69,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-__version__ = "0.11.0"
+__version__ = "0.12.0"
 __all__ = ["Batch", "Config", "Detection", "EncodedImage", "Features", "ICAS", "Prepared",
            "References", "Segmentation", "Truths", "convert", "detect", "encode", "encode_image",
            "fit", "load", "mutual", "overlay", "prepare", "save", "segment", "to_mask", "to_rgb"]
@@ -1381,9 +1381,8 @@ def disks(points: Sequence[tuple[float, float]], h: int, w: int, scale: float = 
 
 def mark_sides(shape: tuple[int, int], points, point_labels, boxes, mask) -> Tensor:
     """(3, H, W), of a large picture reduced: what clicks, boxes or a mask on the target itself
-    mark; what is surely not it; the negative clicks. With one these alone are surely not, for the
-    rest of a defect may lie anywhere; without, the picture outside three radii of the clicks and
-    the boxes enlarged by 10 %."""
+    mark; what is far from it, outside three radii of the clicks and the boxes enlarged by 10 %; the
+    negative clicks."""
     h, w = shape
     points, boxes = check_places(points, "points", h, w), check_places(boxes, "boxes", h, w)
     labels = np.array([1] * len(points) if point_labels is None else point_labels, dtype=object)
@@ -1393,7 +1392,7 @@ def mark_sides(shape: tuple[int, int], points, point_labels, boxes, mask) -> Ten
     block = math.ceil(math.sqrt(h * w / PIXELS))
     points, boxes, h, w = points / block, boxes / block, math.ceil(h / block), math.ceil(w / block)
     positive, negative = points[labels == 1].tolist(), points[labels == 0].tolist()
-    foreground, background, outside = disks(positive, h, w), disks(negative, h, w), torch.ones(h, w)
+    foreground, other, outside = disks(positive, h, w), disks(negative, h, w), torch.ones(h, w)
     for x0, y0, x1, y1 in boxes:
         foreground[int(y0):math.ceil(y1), int(x0):math.ceil(x1)] = 1
         x, y = 0.05 * (x1 - x0), 0.05 * (y1 - y0)
@@ -1403,9 +1402,9 @@ def mark_sides(shape: tuple[int, int], points, point_labels, boxes, mask) -> Ten
         foreground[marked], outside[marked] = 1, 0
     check(foreground.any(), "points: expected at least one positive point, a box or a mask; got "
           "only negative points")
-    rest, far = 1 - foreground, outside * (1 - disks(positive, h, w, scale=3))
-    other, background = background * rest, (background if negative else far) * rest
-    return torch.stack([foreground, background if background.any() else rest, other])
+    rest = 1 - foreground
+    far = outside * (1 - disks(positive, h, w, scale=3)) * rest
+    return torch.stack([foreground, far if far.any() else rest, other * rest])
 
 
 def check_places(value: Any, name: str, h: int, w: int) -> np.ndarray:
@@ -1432,11 +1431,11 @@ SURE = 1.0  # log-odds beyond which a first look at clicks is believed
 
 
 def join_sure(sides: Tensor, odds: np.ndarray) -> Tensor:
-    """`mark_sides` and what a first look (H, W) is sure of: a mask in place of a few disks."""
+    """(2, H, W) defect and background: `mark_sides`, with what a first look (H, W) is sure of."""
     odds = torch.from_numpy(odds)
     foreground = (sides[0] > 0) | (odds > SURE) & (sides[2] == 0)
     background = ~foreground & ((odds < -SURE) | (sides[2] > 0))
-    return torch.stack([foreground, background, sides[2] > 0]).float()
+    return torch.stack([foreground, background]).float()
 
 
 class Marked:
@@ -1587,21 +1586,28 @@ def segment(images: Any, references: References | Prepared | None = None, *,
           "mask)], normals=[image], points=, boxes= or mask=")
 
     def join_marks(image: EncodedImage, sides: Tensor) -> Prepared:   # as of the label "defect"
-        shot = make_shot(image.features, sides[:2], "defect")
+        shot = make_shot(image.features, sides, "defect")
         return ready.join(References([shot], ready.model.kind))
+
+    def first_look(image: EncodedImage, marks: Tensor) -> np.ndarray:
+        """(H, W) log-odds of clicks. What is far from them may be the defect too, and what is no
+        negative click may be good too: with both, the mean of what either background says."""
+        (inside, far, other), odds = marks, []
+        for background in [other, far.maximum(other)] if other.any() else [far]:
+            prompt = join_marks(image, torch.stack([inside, background])).prompt("defect")
+            prompt = prompt._replace(weight=0.5)   # clicks say nothing of size: half of the detail
+            odds.append(score_parts(ready.model, image.features, prompt)["icas"])
+        return to_shape(torch.stack(odds).mean(dim=0)[None].cpu().numpy(), inside.shape)[0]
 
     def find(image: EncodedImage) -> Segmentation:
         used = ready
         if interactive:
             if ready.model.config.detail:
                 ready.model.look_closer(image.features)   # once, for all clicks
-            sides = mark_sides(image.shape, points, point_labels, boxes, mask)
-            used = join_marks(image, sides)
-            if points is not None:   # clicks say nothing of size: half of the detail at first
-                prompt = used.prompt("defect")._replace(weight=0.5)
-                first = score_parts(ready.model, image.features, prompt)["icas"]
-                first = to_shape(first[None].cpu().numpy(), sides.shape[1:])[0]
-                used = join_marks(image, join_sure(sides, first))
+            marks = mark_sides(image.shape, points, point_labels, boxes, mask)
+            clicked = points is not None
+            used = join_marks(image, join_sure(marks, first_look(image, marks)) if clicked else
+                              marks[:2])
         labels, shown = used.references.labels or [""], {}
         found = [label_parts(used, image, label, parts) for label in labels]
         if labels[0] and used.prompt(labels[0]).good >= FEW:

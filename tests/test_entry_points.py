@@ -451,7 +451,7 @@ def test_clicks_are_looked_at_twice(tiny, rng, monkeypatch):
     odds[33:38, 33:38] = 1.5                # over a negative click
     tiny.look_closer(features)
     sides = icas.mark_sides((40, 40), *clicks.values(), None, None)
-    shot = icas.make_shot(features, icas.join_sure(sides, odds.numpy())[:2], "defect")
+    shot = icas.make_shot(features, icas.join_sure(sides, odds.numpy()), "defect")
     foreground, background = np.zeros((40, 40)), np.zeros((40, 40))
     y, x = np.mgrid[:40, :40]
     foreground[(x - 8) ** 2 + (y - 8) ** 2 <= (40 / 74) ** 2] = foreground[20:30, 5:9] = 1
@@ -462,16 +462,23 @@ def test_clicks_are_looked_at_twice(tiny, rng, monkeypatch):
     for found, truth in zip(shot.sides[0], (foreground, background), strict=True):
         expected = truth.reshape(8, 5, 8, 5).mean(axis=(1, 3))
         np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
-    # never sure: the second look sees what the first did
+    # the first look: the mean of what the negative click says alone, and with all that is far
+    inside, far, other = sides
+    prompts = [icas.pool_shots(tiny, [icas.make_shot(features, torch.stack(x), "defect")])
+               for x in ((inside, other), (inside, torch.maximum(far, other)))]
+    assert prompts[0].decoder == 1.0   # of marks on other images 0.2
+    first = [icas.score_parts(tiny, features, p._replace(weight=0.5))["icas"] for p in prompts]
+    assert (first[0] - first[1]).abs().max() > 1e-3
+    first = icas.to_shape(((first[0] + first[1]) / 2)[None].numpy(), (40, 40))[0]
+    shot = icas.make_shot(features, icas.join_sure(sides, first), "defect")
+    prompt = icas.pool_shots(tiny, [shot])
+    odds = icas.score_parts(tiny, features, prompt)["icas"]
+    odds = icas.follow_edges(odds, features.picture, 0.6 * (1 - prompt.weight))
+    odds = icas.to_shape(odds[None].numpy(), (40, 40))[0]
+    np.testing.assert_allclose(twice, 1 / (1 + np.exp(-odds)), atol=1e-4)
+    # never sure: the clicks alone
     monkeypatch.setattr(icas, "SURE", 1e9)
-    once = icas.segment(image, model=tiny, **clicks).score
-    prompt = icas.pool_shots(tiny, [icas.make_shot(features, sides[:2], "defect")])
-    assert prompt.decoder == 1.0   # of marks on other images 0.2
-    first = icas.score_parts(tiny, features, prompt)["icas"]
-    first = icas.follow_edges(first, features.picture, 0.6 * (1 - prompt.weight))[None, None]
-    first = F.interpolate(first, (40, 40), mode="bilinear")[0, 0].sigmoid()
-    np.testing.assert_allclose(once, first, atol=1e-4)
-    assert np.abs(once - twice).max() > 1e-4
+    assert np.abs(icas.segment(image, model=tiny, **clicks).score - twice).max() > 1e-4
 
 
 @pytest.mark.parametrize("labels", [[1], [1, 0]])
@@ -502,9 +509,12 @@ def test_segment_looks_twice_with_its_boxes_and_mask(tiny, rng, monkeypatch):
         assert sides[0][3:12, 20:30].all() and sides[0][30:36, 4:9].all() and sides[0][8, 8] == 1
     icas.segment(image, boxes=[box], mask=mask, model=tiny)
     assert len(shown) == 3  # without clicks one look is enough
+    icas.segment(image, points=[(8, 8), (30, 20)], point_labels=[1, 0], model=tiny)
+    sides = shown[3:]        # two backgrounds, and what is sure
+    assert len(sides) == 3 and sides[0][1].sum() < 10 and sides[1][1].sum() > 1500
 
 
-def test_without_a_negative_click_what_is_far_is_surely_good_and_with_one_only_its_place():
+def test_marks_are_the_clicks_what_is_far_from_them_and_the_negative_ones():
     y, x = np.mgrid[:74, :74]
     away = (x - 20) ** 2 + (y - 30) ** 2 > 9        # a disk is of 1 / 74 of the side
     sides = icas.mark_sides((74, 74), [(20, 30)], None, None, None).numpy()
@@ -512,9 +522,9 @@ def test_without_a_negative_click_what_is_far_is_surely_good_and_with_one_only_i
     assert foreground.sum() == 5 and foreground[30, 20] == 1 and not negative.any()
     np.testing.assert_array_equal(background, away)
     clicks = [(20, 30), (60, 60)], [1, 0]
-    foreground, background, negative = icas.mark_sides((74, 74), *clicks, None, None).numpy()
-    assert foreground.sum() == background.sum() == 5 and background[60, 60] == 1
-    np.testing.assert_array_equal(negative, background)
+    foreground, far, negative = icas.mark_sides((74, 74), *clicks, None, None).numpy()
+    assert foreground.sum() == negative.sum() == 5 and negative[60, 60] == 1
+    np.testing.assert_array_equal(far, away)
     boxed = icas.mark_sides((74, 74), None, None, [(20, 20, 60, 40)], None).numpy()
     assert boxed[0].sum() == 40 * 20 and boxed[0][20:40, 20:60].all()
     assert not boxed[1][19:41, 18:62].any() and boxed[1].sum() == 74 * 74 - 22 * 44
