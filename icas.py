@@ -1605,18 +1605,18 @@ def segment(images: Any, references: References | Prepared | None = None, *,
             if ready.model.config.detail:
                 ready.model.look_closer(image.features)   # once, for all clicks
             marks = mark_sides(image.shape, points, point_labels, boxes, mask)
-            clicked = points is not None
-            used = join_marks(image, join_sure(marks, first_look(image, marks)) if clicked else
-                              marks[:2])
+            sides = marks[:2] if points is None else join_sure(marks, first_look(image, marks))
+            used = join_marks(image, sides)
         labels, shown = used.references.labels or [""], {}
         found = [label_parts(used, image, label, parts) for label in labels]
         if labels[0] and used.prompt(labels[0]).good >= FEW:
             novelty = beyond_good(ready, image.features, 0.3)
             for p in found:
                 p["icas"] = leave_good(p["icas"], novelty)
-        for label, p in zip(labels, found if labels[0] else []):
-            share = 0.6 * (1 - used.prompt(label).weight)   # not of what is as small as its window
-            p["icas"] = follow_edges(p["icas"], image.features.picture, share)
+        if labels[0] and not ready.model.config.plain_sum:
+            for label, p in zip(labels, found):   # its windows blur what is smaller than they are
+                share = 0.6 * (1 - used.prompt(label).weight)
+                p["icas"] = follow_edges(p["icas"], image.features.picture, share)
         maps = torch.stack([p["icas"] for p in found]).cpu().numpy()
         if parts:
             shown = {name: to_shape(x[None].cpu().numpy(), image.shape)[0]

@@ -456,6 +456,16 @@ def test_a_mark_that_spills_over_an_edge_is_drawn_back_to_it():
     assert ((icas.follow_edges(odds, flat, 0.6) > 0) != plain).float().mean() < 0.02
 
 
+def test_the_printed_form_keeps_the_decoder_s_own_map(tiny, rng, monkeypatch):
+    image = rng.integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    monkeypatch.setattr(tiny, "config", dataclasses.replace(tiny.config, plain_sum=True))
+    found = icas.segment(image, points=[(20, 30)], parts=True, model=tiny)
+    h0, w0 = icas.token_grid(60, 60, tiny.config)
+    assert found.maps.shape == (1, 4 * h0, 4 * w0)
+    sums = [1 / (1 + np.exp(-found.parts[name])) for name in ("S_s", "S_s mfm")]
+    assert np.corrcoef(sum(sums).ravel(), found.score.ravel())[0, 1] > 0.99
+
+
 def test_clicks_and_good_parts_alone_have_no_novelty(tiny, rng):
     image = rng.integers(0, 256, (60, 60, 3), dtype=np.uint8)
     good = icas.prepare(icas.encode(normals=[image], model=tiny), model=tiny)
