@@ -342,7 +342,8 @@ def test_outlines_are_those_of_the_upright_picture(photo):
 
 def test_what_icas_writes_as_coco_is_read_as_marks_again(model, parts):
     pytest.importorskip("pycocotools")
-    assert icas_main("segment", "parts", *DEFECT, "--out", "out", model=model) == 0
+    assert icas_main("segment", "parts", *DEFECT, "--threshold", 0.4, "--out", "out",
+                     model=model) == 0
     marked_ones = [r for r in lines() if r["regions"]]
     assert marked_ones
     for r in marked_ones:
@@ -358,7 +359,7 @@ def test_the_command_line_takes_a_file_of_either_tool(model, parts):
     coco_file({"category_id": 1, "bbox": [10, 10, 10, 10]}, image="defect.png", size=(40, 40))
     for out, given in (("mask", "mask.png"), ("me", "defect.json"), ("coco", "coco.json")):
         assert icas_main("segment", "parts", "--anomaly", "defect.png", given, "--out", out,
-                         model=model) == 0
+                         "--threshold", 0.4, model=model) == 0
     expected = [(r["score"], r["area"]) for r in lines("mask")]
     for out, label in (("me", "defect"), ("coco", "dent")):
         assert [(r["score"], r["area"]) for r in lines(out)] == expected
