@@ -414,7 +414,7 @@ def guided(odds, colours, radius, eps):
     clipped, slopes, offsets = odds.clip(-4, 4), np.zeros((h, w, 3)), np.zeros((h, w))
 
     def window(y, x):
-        return (slice(max(0, y - radius), y + radius + 1), slice(max(0, x - radius), x + radius + 1))
+        return tuple(slice(max(0, n - radius), n + radius + 1) for n in (y, x))
     for y, x in np.ndindex(h, w):
         seen, values = colours[window(y, x)].reshape(-1, 3), clipped[window(y, x)].ravel()
         scatter = np.cov(seen.T, bias=True) + eps * np.eye(3)
