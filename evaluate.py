@@ -149,7 +149,8 @@ def score(store: Store, episode: dict, peers: bool) -> dict[str, dict]:
                 maps["AnomalyDINO recipe"] = ndimage.gaussian_filter(maps["AnomalyDINO recipe"], 4)
             maps["icas"] = result.map
             entries = {"icas": result.score} | result.parts | {
-                method: float(icas.top_share(x)) for method, x in tokens.items()}
+                method: float(x.topk(max(1, round(len(x) * 0.01))).values.mean())   # AnomalyDINO's
+                for method, x in tokens.items()}
         record = store.records[name]
         counted = name not in apart and record["bad"] == bool(record["shows"])
         for method, entry in entries.items():

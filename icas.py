@@ -69,7 +69,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-__version__ = "0.12.0"
+__version__ = "0.13.0"
 __all__ = ["Batch", "Config", "Detection", "EncodedImage", "Features", "ICAS", "Prepared",
            "References", "Segmentation", "Truths", "convert", "detect", "encode", "encode_image",
            "fit", "load", "mutual", "overlay", "prepare", "save", "segment", "to_mask", "to_rgb"]
@@ -854,9 +854,10 @@ def mask_features(decoder: Decoder, decoded: Decoded, tokens: Tensor) -> tuple[T
     return masks, F.normalize(mask_pool(tokens, F.avg_pool2d(masks, 4).flatten(2)), dim=-1)
 
 
-def top_share(token_map: Tensor) -> Tensor:
-    """Image score: mean of the top 1 % of a map of any shape, at least one of its values."""
-    return token_map.flatten().topk(max(1, round(token_map.numel() * 0.01))).values.mean()
+def top_mean(token_map: Tensor) -> Tensor:
+    """Image score: mean of the three highest of a map of any shape, so that one small defect
+    counts and one odd token less."""
+    return token_map.flatten().topk(min(3, token_map.numel())).values.mean()
 
 
 # ---- 3.4 Inference: pictures and references in ---------------------------------------------------
@@ -1158,7 +1159,8 @@ def encode(anomalies: Sequence = (), normals: Sequence = (), *, turns: bool | No
     anomalies  (image, mask) or (image, mask, label) each. The mask as in `to_mask`; or a box (x0,
                y0, x1, y1) in pixels; or a path to a .json of LabelMe or COCO, whose labels count
                if none is given. Else the label is "defect".
-    normals    images of good parts.
+    normals    images of good parts; of more than 200 every second, third, ... is taken, for one
+               keeps 4 MB, of which `detect` compares 16,384 tokens of all together.
     turns      None: marked anomalies are encoded in their eight flips and quarter turns, good parts
                in the four that keep their shape, if at most 40. True: all in eight. False: none.
     value_range   as in `to_rgb`, of every image.
@@ -1178,7 +1180,7 @@ def encode(anomalies: Sequence = (), normals: Sequence = (), *, turns: bool | No
         entries.append((f"anomalies[{i}]", *entry, None)[:4])
         check(len(entry) == 2 or isinstance(entry[2], str) and entry[2], f"anomalies[{i}]: expected"
               f" a non-empty string as label, got {entry[-1]!r}", TypeError)
-    entries += [(f"normals[{i}]", image, None, "") for i, image in enumerate(normals)]
+    entries += [(f"normals[{i}]", normals[i], None, "") for i in some_of(len(normals))]
     few = range(8) if turns else (0,) if turns is False or len(normals) > 40 else (0, 2, 4, 6)
     for name, given, mask, label in entries:
         what = name if label == "" else f"{name} image"
@@ -1196,6 +1198,11 @@ def encode(anomalies: Sequence = (), normals: Sequence = (), *, turns: bool | No
                 sides = torch.stack([side, 1 - side])
                 shots.append(make_shot(seen.features, sides, label, digest, turn))
     return References(shots, model.kind)
+
+
+def some_of(normals: int) -> range:
+    """Which of so many good parts are encoded: evenly spread ones, 200 at most."""
+    return range(0, normals, math.ceil(normals / 200) or 1)
 
 
 def read_mask(mask: Any, image: Any, shape: tuple[int, int], name: str,
@@ -1563,8 +1570,8 @@ def segment(images: Any, references: References | Prepared | None = None, *,
 
     images       one image or a list, as in `to_rgb` or from `encode_image`. One in gives one out.
     references   from `encode` or `prepare`; `anomalies`, `normals` as in `encode`, for this call.
-                 Of good parts alone the map is that of `detect`, 0.5 at its threshold. Four or
-                 more beside a marked anomaly keep regions unmarked that look like them.
+                 Of good parts alone it marks what `detect` does, where that passes its threshold.
+                 Four or more beside a marked anomaly keep regions unmarked that look like them.
     points, ...  marks on the image itself, of which there is one: points (x, y), with point_labels
                  1 (defect, the default) or 0; boxes (x0, y0, x1, y1), all in pixels; mask (h, w).
     threshold    in [0, 1]; 0.5 by default.
@@ -1610,7 +1617,7 @@ def segment(images: Any, references: References | Prepared | None = None, *,
         labels, shown = used.references.labels or [""], {}
         found = [label_parts(used, image, label, parts) for label in labels]
         if labels[0] and used.prompt(labels[0]).good >= FEW:
-            novelty = beyond_good(ready, image.features, 0.3)
+            novelty = beyond_good(ready, image.features, 0.3) / MASK_FROM
             for p in found:
                 p["icas"] = leave_good(p["icas"], novelty)
         if labels[0] and not ready.model.config.plain_sum:
@@ -1633,7 +1640,8 @@ def label_parts(ready: Prepared, image: EncodedImage, label: str,
     if label or every:
         parts = score_parts(ready.model, image.features, ready.prompt(label), masks)
     if not label:
-        parts["icas"] = 4 * (beyond_good(ready, image.features, RATE) - 1)
+        far = beyond_good(ready, image.features, RATE)
+        parts["icas"] = leave_good(4 * (far / MASK_FROM - 1), far)
     return parts
 
 
@@ -1676,11 +1684,14 @@ def check_threshold(threshold: float | None) -> float:
 
 # ---- 3.4 Inference: detect -----------------------------------------------------------------------
 
+MASK_FROM = 0.8   # of the threshold: from there on a bad part is marked
+
+
 @dataclass(frozen=True)
 class Detection(Marked):
     """What `detect` says of one image; `dataclasses.replace(it, threshold=t)` judges it anew. The
     unit of scores, map and threshold is what an unseen good part scores, on average."""
-    score: float            # mean of the top 1 % of tokens, weighed over the levels
+    score: float            # mean of the three highest tokens, weighed over the levels
     maps: np.ndarray        # (1, H, W) float32 as computed: weighed mean of the levels
     shape: tuple[int, int]  # (h, w) of the image
     threshold: float        # from the good parts alone
@@ -1702,8 +1713,9 @@ class Detection(Marked):
 
     @functools.cached_property
     def mask(self) -> np.ndarray:
-        """(h, w) bool: map > threshold; nothing in an image that is not anomalous."""
-        return (self.map > self.threshold) & self.is_anomalous
+        """(h, w) bool: map > 0.8 threshold, for that bounds the highest values of a good part;
+        nothing in an image that is not anomalous."""
+        return (self.map > MASK_FROM * self.threshold) & self.is_anomalous
 
 
 class GoodParts(NamedTuple):
@@ -1738,7 +1750,8 @@ def novelty(ready: Prepared, tokens: Tensor, bank: Tensor, owner: Tensor, leave:
     return 1 - best.topk(max(1, round(0.3 * len(best))), dim=0).values.mean(dim=0)
 
 
-BANK = 1 << 14   # tokens of a level that all good parts keep together: 40 cost what 8 do
+BANK = 1 << 14   # tokens of a level that all good parts keep together: 40 cost what 8 do; half of
+#                  them of turned copies, which say less, where there are any
 DAMAGES = 16     # damaged copies of good parts that weigh the levels
 
 
@@ -1756,7 +1769,7 @@ def learn_good(ready: Prepared) -> GoodParts:
         return [t for t, _ in detect_levels(model, seen).values()]
     views = [(int(shot.turn > 0) if one else ready.images.index(shot.image), shot.turn,
               shot.features) for shot in sorted(shots, key=lambda shot: shot.image)]
-    known = None if one else leave_one_out(ready, views, tokens)
+    known, scores = (None, None) if one else leave_one_out(ready, views, tokens)
     if one or few and any(shot.turn for shot in shots):
         for part, _, features in [view for view in views if view[1] == 0]:
             pixels = rearrange(features.picture[0], "c h w -> h w c").cpu().numpy()
@@ -1764,10 +1777,10 @@ def learn_good(ready: Prepared) -> GoodParts:
                 turned = scipy.ndimage.rotate(pixels, angle, reshape=False, order=1, mode="reflect")
                 seen = encode_pixels(torch.from_numpy(turned), pixels.shape[:2], model)
                 views.append((part + one, angle, seen.features))
-        turning = leave_one_out(ready, views, tokens)
-        if one or np.median(np.median(known[3], 0) / np.median(turning[3], 0)) > 1.15:
-            known = turning
-    bank, owner, tested, scores = known
+        more, nearer = leave_one_out(ready, views, tokens)
+        if one or np.median(np.median(scores, axis=0) / np.median(nearer, axis=0)) > 1.15:
+            known, scores = more, nearer
+    bank, owner, tested = known
     random, gains = np.random.default_rng(0), []
     for i in np.arange(DAMAGES) % len(tested):
         part, features = tested[i]
@@ -1781,30 +1794,32 @@ def learn_good(ready: Prepared) -> GoodParts:
 
 
 def leave_one_out(ready: Prepared, views: Sequence[tuple[int, int, Features]],
-                  tokens: Callable[[Features], list[Tensor]]) -> tuple:
-    """Of views (part, turn, features) the bank, its owners, the parts that were tested, 40 at most,
-    and their `level_scores` against the others (k, levels); tokens(features) gives (1, T, D) unit
+                  tokens: Callable[[Features], list[Tensor]]) -> tuple[tuple, np.ndarray]:
+    """Of views (part, turn, features): the bank, its owners and the parts that were tested, 40 at
+    most; their `level_scores` against the others (k, levels). tokens(features) gives (1, T, D) unit
     vectors a level."""
     lying = [features for _, turn, features in views if turn == 0]
+    turned = len(views) - len(lying)
+    most = BANK // (2 if turned else 1) // len(lying), BANK // 2 // max(1, turned)
     lying, bank, owner, own = lying[::math.ceil(len(lying) / 40)], [], [], []
-    most = max(16, BANK // len(views))
     for part, turn, features in views:
         levels = tokens(features)
-        kept = [thin(t, t.new_zeros(2, t.shape[1]), turn, most)[0] for t in levels]
+        kept = [thin(t, t.new_zeros(2, t.shape[1]), turn, max(16, most[turn > 0]))[0]
+                for t in levels]
         bank.append(kept)
         owner.append([torch.full(t.shape[1:2], part, device=t.device) for t in kept])
         own += [(part, features, levels)] if features in lying else []
     bank = [torch.cat(level, dim=1) for level in zip(*bank)]
     owner = [torch.cat(level) for level in zip(*owner)]
     scores = [level_scores(ready, levels, bank, owner, part) for part, _, levels in own]
-    return bank, owner, [view[:2] for view in own], np.stack(scores)
+    return (bank, owner, [view[:2] for view in own]), np.stack(scores)
 
 
 def level_scores(ready: Prepared, levels: Sequence[Tensor], bank: Sequence[Tensor],
                  owner: Sequence[Tensor], leave: int) -> np.ndarray:
     """(levels,) image score by each, at least 0.001; arguments as of `novelty`, a list each."""
     found = (novelty(ready, *level, leave) for level in zip(levels, bank, owner))
-    return np.maximum([float(top_share(x)) for x in found], 1e-3)
+    return np.maximum([float(top_mean(x)) for x in found], 1e-3)
 
 
 def cut_paste(picture: Tensor, random: np.random.Generator) -> Tensor:
@@ -1833,12 +1848,12 @@ def good_maps(ready: Prepared, features: Features) -> dict[str, Tensor]:
 
 def all_levels(ready: Prepared, maps: dict[str, Tensor], features: Features) -> Tensor:
     """(4 H0, 4 W0) weighed mean of `good_maps`, for which level is right differs from part to part;
-    scaled, so that the mean of its top 1 % is that of theirs: the levels peak at other places."""
+    scaled to the weighed mean of their image scores, for the levels peak at other places."""
     size, score, whole = [4 * n for n in features.maps.shape[-2:]], 0, 0
     for weight, x in zip(ready.good.weights.tolist(), maps.values()):
-        score += weight * top_share(x)
+        score += weight * top_mean(x)
         whole += weight * F.interpolate(x[None, None], size=size, mode="bilinear")[0, 0]
-    return whole * (score / top_share(whole).clamp_min(1e-6))   # 0 of a good part itself
+    return whole * (score / top_mean(whole).clamp_min(1e-6))   # 0 of a good part itself
 
 
 RATE = 0.08   # false positive rate of `detect` by default
@@ -1899,8 +1914,8 @@ def detect(images: Any, references: References | Prepared | None = None, *, norm
     def find(image: EncodedImage) -> Detection:
         maps = good_maps(ready, image.features)
         far = all_levels(ready, maps, image.features)
-        tops = {name: float(top_share(m)) for name, m in maps.items()} if parts else {}
-        return Detection(float(top_share(far)), far[None].cpu().numpy(), image.shape, threshold,
+        tops = {name: float(top_mean(m)) for name, m in maps.items()} if parts else {}
+        return Detection(float(top_mean(far)), far[None].cpu().numpy(), image.shape, threshold,
                          tops)
     return each_image(images, ready.model, find)
 
@@ -2397,7 +2412,7 @@ def write_report(out: Path, run: dict, lines: Sequence[dict], text: str) -> None
             for line in sorted(lines, key=lambda line: -line["score"])]
     shown = {key: run[key] for key in ("scale", "threshold", "good")} | {
         "task": run["key"]["task"], "out": os.fspath(out), "text": text, "heat": HEAT.tolist(),
-        "version": __version__}
+        "version": __version__, "marked": MASK_FROM if run["key"]["task"] == "detect" else 1}
     data = json.dumps([shown, rows]).replace("<", "\\u003c")   # no name ends the script
     write_text(out / "report.html", page.replace("DATA", data, 1))
 
@@ -2452,6 +2467,7 @@ def encode_files(args, model: ICAS) -> tuple[References, list[str]]:
     """References of the command line, and the files that they come from."""
     references = References.load(args.prompts) if args.prompts else References()
     normals, anomalies = list(list_images(args.normal).values()), []
+    normals = [normals[i] for i in some_of(len(normals))]   # as `encode` has it
     for image, *marks in args.anomaly:
         with contextlib.suppress(ValueError):
             marks = [[float(x) for x in marks]] if len(marks) == 4 else marks
