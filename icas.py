@@ -38,7 +38,7 @@ Departures from the paper's text, where it is open or where its printed form doe
     a guided filter then moves the borders of what it marks to the picture's own edges.
 15. The input keeps the picture's aspect ratio, at about (image_size / 14)^2 tokens.
 16. `detect` compares tokens with good parts by nearest neighbour, or where none is known with
-    other images (`mutual`); S_n is left to `segment`.
+    other images (`mutual`); the three most novel ones score an image. S_n is left to `segment`.
 """
 from __future__ import annotations
 
