@@ -308,7 +308,8 @@ class Program:
     def __init__(self, folder, out):
         self.process = subprocess.Popen(
             [sys.executable, "-m", "data_prep", "annotate", str(folder), "--out", str(out),
-             "--no-browser", "--device", "cpu"], cwd=HOME, stdout=subprocess.PIPE, text=True)
+             "--no-browser", "--device", "cpu"], cwd=HOME, stdout=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # not as a job's
         self.address = re.search(r"http://127\.0\.0\.1:(\d+)/\?token=(\S+)",
                                  self.process.stdout.readline())
         self.server_port, self.token = int(self.address[1]), self.address[2]
