@@ -1159,8 +1159,8 @@ def encode(anomalies: Sequence = (), normals: Sequence = (), *, turns: bool | No
     anomalies  (image, mask) or (image, mask, label) each. The mask as in `to_mask`; or a box (x0,
                y0, x1, y1) in pixels; or a path to a .json of LabelMe or COCO, whose labels count
                if none is given. Else the label is "defect".
-    normals    images of good parts; of more than 200 every second, third, ... is taken, for one
-               keeps 4 MB, of which `detect` compares 16,384 tokens of all together.
+    normals    images of good parts; of more than 200 every second, third, ... is taken, for each
+               keeps 4 MB.
     turns      None: marked anomalies are encoded in their eight flips and quarter turns, good parts
                in the four that keep their shape, if at most 40. True: all in eight. False: none.
     value_range   as in `to_rgb`, of every image.
@@ -1684,7 +1684,8 @@ def check_threshold(threshold: float | None) -> float:
 
 # ---- 3.4 Inference: detect -----------------------------------------------------------------------
 
-MASK_FROM = 0.8   # of the threshold: from there on a bad part is marked
+MASK_FROM = 0.8   # of a limit on image scores, which bounds a good part's few highest values:
+#                   from there on pixels count
 
 
 @dataclass(frozen=True)
@@ -1713,8 +1714,8 @@ class Detection(Marked):
 
     @functools.cached_property
     def mask(self) -> np.ndarray:
-        """(h, w) bool: map > 0.8 threshold, for that bounds the highest values of a good part;
-        nothing in an image that is not anomalous."""
+        """(h, w) bool: map > 0.8 threshold (`MASK_FROM`); nothing in an image that is not
+        anomalous."""
         return (self.map > MASK_FROM * self.threshold) & self.is_anomalous
 
 
@@ -1795,9 +1796,9 @@ def learn_good(ready: Prepared) -> GoodParts:
 
 def leave_one_out(ready: Prepared, views: Sequence[tuple[int, int, Features]],
                   tokens: Callable[[Features], list[Tensor]]) -> tuple[tuple, np.ndarray]:
-    """Of views (part, turn, features): the bank, its owners and the parts that were tested, 40 at
-    most; their `level_scores` against the others (k, levels). tokens(features) gives (1, T, D) unit
-    vectors a level."""
+    """Of views (part, turn, features): the bank, its owners and the views that were tested, 40 at
+    most, together; and what these score against the other parts, (k, levels) of `level_scores`.
+    tokens(features) gives (1, T, D) unit vectors a level."""
     lying = [features for _, turn, features in views if turn == 0]
     turned = len(views) - len(lying)
     most = BANK // (2 if turned else 1) // len(lying), BANK // 2 // max(1, turned)

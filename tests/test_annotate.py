@@ -305,11 +305,11 @@ def test_another_start_goes_on_and_computes_nothing_again(folder, tmp_path, tiny
 class Program:
     """The command in a process of its own."""
 
-    def __init__(self, folder, out):
+    def __init__(self, folder, out):   # a shell's background job, and its children, ignore Ctrl-C
         self.process = subprocess.Popen(
             [sys.executable, "-m", "data_prep", "annotate", str(folder), "--out", str(out),
              "--no-browser", "--device", "cpu"], cwd=HOME, stdout=subprocess.PIPE, text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # not as a job's
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         self.address = re.search(r"http://127\.0\.0\.1:(\d+)/\?token=(\S+)",
                                  self.process.stdout.readline())
         self.server_port, self.token = int(self.address[1]), self.address[2]
