@@ -327,7 +327,7 @@ class Model:
         if opened not in (None, self.seen):
             self.seen = opened
             with self.lock:
-                self.model.levels(self.encode(opened).features, 1 + self.model.config.detail)
+                self.model.levels(self.encode(opened).features, (2,))
         elif key is None:   # what prompts proposed goes with them
             for i in [i for i in project.all if project[i]["key"]]:
                 project.update(i, key=None, score=None, numbers=[])

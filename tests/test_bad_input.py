@@ -301,7 +301,7 @@ ROWS = [
     (lambda c: icas.References.load(None), TypeError, "references: expected a path, got NoneType"),
     (lambda c: icas.References.load(c.truncated(c.references())), ValueError, "references: "),
     (lambda c: icas.References.load(c.checkpoint()),
-     ValueError, "expected a file of format 'icas-references-3'"),
+     ValueError, "expected a file of format 'icas-references-4'"),
     *((lambda c, name=name: icas.References.load(cut_references(c, name)), ValueError,
        "is incomplete") for name in ("0.maps", "0.picture", "0.fine_sides")),
     # convert

@@ -102,6 +102,18 @@ def test_half_precision_weights_change_the_map_by_little(detail):
     assert cosine.min() > 0.999
 
 
+@torch.no_grad()
+def test_norms_folded_into_the_convolutions_change_no_map(weights, detail):
+    fused = icas.Detail().eval()
+    icas.load_state(fused, weights, "the package's weights")
+    fused.fuse()
+    assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in fused.modules())
+    assert not any(p.requires_grad for p in fused.parameters())
+    images = torch.rand(1, 3, 112, 140, generator=torch.Generator().manual_seed(0))
+    for got, expected in zip(fused.taps(images), detail.taps(images), strict=True):
+        assert (got - expected).norm() <= 1e-4 * expected.norm()
+
+
 @pytest.mark.parametrize("size", [(14, 14), (14, 560), (28, 14)])
 @torch.no_grad()
 def test_any_size_that_a_picture_is_resized_to_has_a_map(size):

@@ -302,7 +302,7 @@ def test_marks_on_a_large_picture_lie_where_they_lie_on_a_small_one(tiny, rng, m
     monkeypatch.setattr(icas, "PIXELS", 1600)   # blocks of 4 x 4 pixels
     for m, whole in zip((dot, spot), prompts, strict=True):
         shot, = icas.encode([(image, m)], turns=False, model=tiny).shots
-        for side, expected, near in zip(shot.sides, whole.shots[0].sides, (1e-4, 0.2, 0.4)):
+        for side, expected, near in zip(shot.sides, whole.shots[0].sides, (1e-4, 0.8)):
             np.testing.assert_allclose(side, expected, atol=near)   # a block lies in several
             assert side[0].max() > 0
     for c, whole in zip(clicks, found, strict=True):
@@ -669,28 +669,38 @@ def count_details(model, monkeypatch):
     return seen
 
 
-def test_the_detail_of_twice_the_side_is_made_for_small_marks_alone_and_once(
+def test_the_detail_of_a_larger_picture_is_made_for_small_marks_alone_and_once(
         tiny, rng, monkeypatch):
-    image = picture(rng)
-    large, small = (icas.prepare(icas.encode([(picture(rng), m)], model=tiny), model=tiny)
-                    for m in (half(), blob()))
-    assert (large.prompt("defect").scale, small.prompt("defect").scale) == (1, 2)
+    image, dot = picture(rng), np.zeros((40, 40), bool)
+    dot[10:16, 10:18] = True   # less than two tokens
+    large, small, tiniest = (icas.prepare(icas.encode([(picture(rng), m)], model=tiny), model=tiny)
+                             for m in (half(), blob(), dot))
+    scales = [ready.prompt("defect").scales for ready in (large, small, tiniest)]
+    assert scales == [(1,), (2,), (4, 2)]
     looks = count_details(tiny, monkeypatch)
     found = icas.encode_image(image, model=tiny)
     icas.segment(found, large)
-    assert looks == [(112, 112)] and found.features.fine is None
+    assert looks == [(112, 112)] and found.features.closer == {}
     for _ in range(2):   # references too, once they are prepared
         icas.segment(found, small)
     for at in ((8, 8), (30, 5)):
         icas.segment(found, points=[at], model=tiny)
     assert looks == [(112, 112), (224, 224)] and tiny.look_closer(found.features).shape[-1] == 28
+    for _ in range(2):
+        icas.segment(found, tiniest)
+    assert looks == [(112, 112), (224, 224), (448, 448)]
     x = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
     x = F.interpolate(x, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
     expected = tiny.detail((255 * x).round() / 255)
-    torch.testing.assert_close(found.features.fine, expected.half(), atol=0.01, rtol=0)
-    assert [len(x[0]) for x in tiny.levels(found.features, 2)] == [64] * 3 + [28 * 28]
-    assert tiny.grids(found.features, 2) == [(8, 8)] * 3 + [(28, 28)]
+    torch.testing.assert_close(found.features.closer[2], expected.half(), atol=0.01, rtol=0)
+    assert [len(x[0]) for x in tiny.levels(found.features, (4, 2))] == [64] * 3 + [56**2, 28**2]
+    assert tiny.grids(found.features, (4, 2)) == [(8, 8)] * 3 + [(56, 56), (28, 28)]
     assert tiny.grids(found.features) == [(8, 8)] * 3 + [(14, 14)]
+    # the prompt's own cells, of the enlarged picture: they lie nowhere but at the mark
+    shares = tiniest.prompt("defect").foreground
+    expected = dot.reshape(8, 5, 8, 5).mean(axis=(1, 3)).sum() / 64
+    for share, cells in zip(shares, [64] * 3 + [56**2, 28**2], strict=True):
+        assert float(share.sum()) / 8 / cells == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize("shape", [(40, 40), (6, 90), (120, 3)])
@@ -699,11 +709,12 @@ def test_the_larger_picture_gives_twice_the_grid_of_the_detail(tiny, rng, shape)
     (h, w), (h0, w0) = features.detail.shape[-2:], features.maps.shape[-2:]
     assert features.picture.dtype == torch.uint8 and (h, w) == (h0 * 14 // 8, w0 * 14 // 8)
     assert features.picture.shape == (1, 3, 16 * h, 16 * w)
-    assert tiny.look_closer(features).shape == (1, 280, 2 * h, 2 * w)
+    for scale in (1, 2, 4):
+        assert tiny.look_closer(features, scale).shape == (1, 280, scale * h, scale * w)
     mask = torch.zeros(2, *shape)
     mask[0, shape[0] // 2, shape[1] // 2] = 1
     sides = icas.make_shot(features, mask, "defect").sides
-    assert [s.shape for s in sides] == [(2, h0, w0), (2, h, w), (2, 2 * h, 2 * w)]
+    assert [s.shape for s in sides] == [(2, h0, w0), (2, 4 * h, 4 * w)]
     np.testing.assert_allclose([float(s[0].sum()) / s[0].numel() for s in sides],
                                1 / np.prod(shape), rtol=0.6)
 
@@ -815,14 +826,14 @@ def test_a_marked_image_is_shown_in_eight_turns_and_a_turned_one_shows_the_same(
     assert counts == [160, 41]
 
 
-@pytest.mark.parametrize("mask, scale", [(half(), 1), (blob(), 2)])
+@pytest.mark.parametrize("mask, scales", [(half(), (1,)), (blob(), (2,))])
 def test_of_seven_copies_every_marked_token_and_a_fourth_of_the_others_are_kept(
-        tiny, rng, mask, scale):
+        tiny, rng, mask, scales):
     marked = icas.encode([(picture(rng), mask)], model=tiny).shots
     prompt = icas.pool_shots(tiny, marked)
-    assert prompt.scale == scale
-    for level, grid, side in ((0, 0, 8), (3, scale, 14 * scale)):
-        shares = [s.sides[grid][0].flatten() for s in marked]
+    assert prompt.scales == scales
+    for level, grid, side in ((0, 0, 8), (3, 1, 14 * scales[0])):
+        shares = [F.adaptive_avg_pool2d(s.sides[grid][:1], side).flatten() for s in marked]
         foreground, total = shares[0] > 0, side ** 2
         every = max(4, -(-total // 200))
         others = [int((share == 0)[s.turn % every::every].sum())
@@ -930,9 +941,9 @@ def test_references_survive_a_file_and_a_sum(tiny, rng, tmp_path):
         found = icas.segment(image, other, model=tiny).label_scores
         np.testing.assert_allclose(found, expected.label_scores, atol=2e-3)  # other memory layout
         prompts = [icas.prepare(other, model=tiny).prompt(label) for label in other.labels]
-        assert [p.scale for p in prompts] == [1, 2]
+        assert [p.scales for p in prompts] == [(1,), (2,)]
     for a, b in zip(loaded.shots, whole.shots, strict=True):
-        assert a[2:] == b[2:] and a.features.fine is b.features.fine is None
+        assert a[2:] == b[2:] and a.features.closer == b.features.closer == {}
         for name in ("maps", "detail", "picture"):
             x, y = getattr(a.features, name), getattr(b.features, name)
             assert torch.equal(x, y) and x.dtype == y.dtype

@@ -376,7 +376,7 @@ def test_the_usual_distance_is_that_of_an_image_s_own_background_without_neighbo
     assert found[1:].isinf().all()   # too little background; nothing is marked
 
 
-@pytest.mark.parametrize("side", [6, 12, 40])
+@pytest.mark.parametrize("side", [6, 15, 40])
 def test_novelty_is_the_detail_s_and_counts_more_for_small_marks(tiny, rng, side, monkeypatch):
     monkeypatch.setattr(icas, "fast_bf16", lambda device: False)
     images = [rng.integers(0, 256, (60, 60, 3), dtype=np.uint8) for _ in range(2)]
@@ -389,13 +389,13 @@ def test_novelty_is_the_detail_s_and_counts_more_for_small_marks(tiny, rng, side
     with_it = icas.score_parts(tiny, features, prompt)
     unknown = [torch.full((1,), np.inf)] * len(prompt.usual)
     without = icas.score_parts(tiny, features, prompt._replace(usual=unknown))
-    own, shown = tiny.levels(references.shots[0].features.to("cpu", torch.float32), prompt.scale
-                             )[-1], references.shots[0].sides[prompt.scale]
+    own = tiny.levels(references.shots[0].features.to("cpu", torch.float32), prompt.scales)[-1]
+    shown = icas.F.avg_pool2d(references.shots[0].sides[1], 4 // prompt.scales[-1])
     assert prompt.usual[-1].item() == pytest.approx(icas.usual_distance(own, shown[None]).item())
-    seen, known = tiny.levels(features, prompt.scale)[-1][0], prompt.background[-1][0] > 0.999
+    seen, known = tiny.levels(features, prompt.scales)[-1][0], prompt.background[-1][0] > 0.999
     distance = 1.01 - (seen @ prompt.tokens[-1][0, known].T).amax(dim=1)
     ratio = (distance.clamp_min(0.01) / (0.01 + prompt.usual[-1])).log().clamp(-2, 2)
-    grid, added = tiny.grids(features, prompt.scale)[-1], with_it["novelty"]
+    grid, added = tiny.grids(features, prompt.scales)[-1], with_it["novelty"]
     expected = torch.from_numpy(resize(ratio.view(grid).numpy(), (32, 32)))
     torch.testing.assert_close(added, expected, atol=0.02, rtol=0.01)
     plain = [x["icas"] - 0.2 * (x["S_s"] + x["S_s mfm"])
@@ -405,7 +405,7 @@ def test_novelty_is_the_detail_s_and_counts_more_for_small_marks(tiny, rng, side
     trust = (torch.where(added > 0, 3, 1.5) + prompt.weight) * min(1, 0.1 / max(share, 1e-9))
     torch.testing.assert_close(plain[0] - plain[1], trust * added, atol=1e-4,
                                rtol=1e-4)
-    assert "novelty" not in without and prompt.scale == (1 if side == 40 else 2)
+    assert "novelty" not in without and prompt.scales == {6: (4, 2), 15: (2,), 40: (1,)}[side]
 
 
 def guided(odds, colours, radius, eps):
