@@ -69,7 +69,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-__version__ = "0.13.0"
+__version__ = "0.14.0"
 __all__ = ["Batch", "Config", "Detection", "EncodedImage", "Features", "ICAS", "Prepared",
            "References", "Segmentation", "Truths", "convert", "detect", "encode", "encode_image",
            "fit", "load", "mutual", "overlay", "prepare", "save", "segment", "to_mask", "to_rgb"]
