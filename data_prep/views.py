@@ -161,8 +161,9 @@ class FreshViews:
         with ThreadPoolExecutor(max(1, workers)) as pool:
             for n in tqdm(range(0, len(missing), 16), self.name, disable=not sys.stderr.isatty()):
                 views = list(pool.map(self.view, missing[n:n + 16]))
-                made = [(name, x.half().cpu()) for name, x in vars(encode(model, views)).items()
-                        if x is not None]
+                seen = encode(model, views)   # without a picture
+                made = [("maps", seen.maps.half().cpu())]
+                made += [("detail", seen.detail.half().cpu())] if model.config.detail else []
                 for j, (i, view) in enumerate(zip(missing[n:], views)):
                     tensors = {"labels": view.labels} | {name: x[j] for name, x in made}
                     part = folder / f"{i}.part"

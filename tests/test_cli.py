@@ -372,7 +372,7 @@ SEGMENT = ["segment", "parts", "--out", "out"]
     ([*SEGMENT, "--normal", "empty"], "empty: no image there"),
     ([*SEGMENT, "--prompts", "no_such"], "references: no file at 'no_such'"),
     ([*SEGMENT, "--prompts", "model/tiny.safetensors"],
-     "expected a file of format 'icas-references-3'"),
+     "expected a file of format 'icas-references-4'"),
     ([*SEGMENT, "--point", "3", "3"], "--point, --box: expected one image with them"),
     (["segment", "parts/a.png", "--point", "99", "3", "--out", "out"],
      "points: expected x in [0, 40)"),
