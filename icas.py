@@ -539,7 +539,7 @@ def relations(matches: Sequence[Matching], grids: Sequence[tuple[int, int]], pro
     of the first `blocks` levels, then on the next, the detail (0 without), also standardised within
     the picture. Of good parts alone the foreground's are 0; margins say what is far from them."""
     maps, marked = [], prompt.marked[:, None]
-    for m, usual, grid in zip(matches, prompt.usual, grids):
+    for m, usual, grid in zip(matches[:blocks + 1], prompt.usual, grids):
         margin = m.best_fg - m.best_bg
         free = torch.stack([margin, m.fisher, 1 - m.best_bg], dim=1)                    # b 3 t
         free = free - free.mean(dim=2, keepdim=True)
@@ -550,7 +550,7 @@ def relations(matches: Sequence[Matching], grids: Sequence[tuple[int, int]], pro
                                   mode="bilinear", antialias=True))
     area = (prompt.foreground[0].mean(dim=1, keepdim=True) + 1e-4).log10() * marked
     both = torch.stack([marked, area], dim=1)[..., None].float().expand(-1, -1, *size)
-    detail = maps[blocks] if len(maps) > blocks else torch.zeros_like(maps[0])
+    detail = maps[-1] if len(maps) > blocks else torch.zeros_like(maps[0])
     return torch.cat([sum(maps[:blocks]) / blocks, detail, both], dim=1)
 
 
@@ -620,12 +620,16 @@ class Features:
     picture: Tensor | None = None  # (B, 3, 16 H1, 16 W1) uint8 RGB, twice the side
     closer: dict[int, Tensor] = field(default_factory=dict)   # see `ICAS.look_closer`
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "Features":
+    def tensors(self) -> dict[str, Tensor]:
+        """What files keep of them, by name."""
+        return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> "Features":
         """A copy there; the picture stays uint8."""
-        def move(x: Tensor | None) -> Tensor | None:
-            return x if x is None else x.to(device, dtype if x.is_floating_point() else x.dtype)
-        closer = {scale: move(x) for scale, x in self.closer.items()}
-        return Features(move(self.maps), move(self.detail), move(self.picture), closer)
+        def move(known: dict) -> dict:
+            return {key: x.to(device, dtype if x.is_floating_point() else x.dtype)
+                    for key, x in known.items()}
+        return Features(**move(self.tensors()), closer=move(self.closer))
 
 
 class ICAS(nn.Module):
@@ -663,13 +667,15 @@ class ICAS(nn.Module):
 
     @torch.no_grad()
     def look_closer(self, features: Features, scale: int = 2) -> Tensor:
-        """(B, 280, scale H1, scale W1) detail of the picture at that side, kept in the features."""
+        """(B, 280, scale H1, scale W1) detail of the picture at scale (1, 2 or more) times the
+        side, kept in the features."""
         if scale == 1:
             return features.detail
         if scale not in features.closer:
-            size = [n * scale // 2 for n in features.picture.shape[-2:]]
+            seen = features.picture / 255
+            if scale > 2:   # the picture is of twice the side
+                seen = F.interpolate(seen, scale_factor=scale // 2, mode="bicubic").clamp(0, 1)
             with self.autocast():
-                seen = F.interpolate(features.picture / 255, size=size, mode="bicubic").clamp(0, 1)
                 features.closer[scale] = self.detail(seen).half()
         return features.closer[scale]
 
@@ -1156,8 +1162,7 @@ class References:
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file, whole or not at all."""
         tensors = {f"{i}.{name}": x.contiguous() for i, shot in enumerate(self.shots)
-                   for name, x in (*vars(shot.features).items(), *zip(SIDES, shot.sides))
-                   if isinstance(x, Tensor)}
+                   for name, x in (*shot.features.tensors().items(), *zip(SIDES, shot.sides))}
         write_file(path, tensors, {"format": "icas-references-4", "kind": self.kind,
                                    "shots": json.dumps([shot[2:] for shot in self.shots])})
 

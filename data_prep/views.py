@@ -161,11 +161,9 @@ class FreshViews:
         with ThreadPoolExecutor(max(1, workers)) as pool:
             for n in tqdm(range(0, len(missing), 16), self.name, disable=not sys.stderr.isatty()):
                 views = list(pool.map(self.view, missing[n:n + 16]))
-                seen = encode(model, views)   # without a picture
-                made = [("maps", seen.maps.half().cpu())]
-                made += [("detail", seen.detail.half().cpu())] if model.config.detail else []
+                made = encode(model, views).to("cpu", torch.half).tensors()
                 for j, (i, view) in enumerate(zip(missing[n:], views)):
-                    tensors = {"labels": view.labels} | {name: x[j] for name, x in made}
+                    tensors = {"labels": view.labels} | {name: x[j] for name, x in made.items()}
                     part = folder / f"{i}.part"
                     save_file({name: x.contiguous() for name, x in tensors.items()}, part)
                     part.replace(part.with_suffix(".safetensors"))
