@@ -1798,9 +1798,6 @@ def learn_good(ready: Prepared) -> GoodParts:
     model, shots = ready.model, ready.references.normals
     one = len(ready.images) == 1
 
-    def blocks(features: Features) -> list[Tensor]:   # enough to tell how parts lie
-        return model.tokens(features.maps.to(model.device))
-
     def tokens(features: Features) -> list[Tensor]:
         seen = features.to(model.device, torch.float32)
         return [t for t, _ in detect_levels(model, seen).values()]
@@ -1814,8 +1811,9 @@ def learn_good(ready: Prepared) -> GoodParts:
                 x = scipy.ndimage.rotate(pixels, angle, reshape=False, order=1, mode="reflect")
                 seen = encode_pixels(torch.from_numpy(x), pixels.shape[:2], model)
                 turned.append((part + one, angle, seen.features))
-    if turned and not one:
-        far, near = (leave_one_out(ready, v, blocks)[1] for v in (views, views + turned))
+    if turned and not one:   # the blocks' tokens are enough to tell how parts lie
+        far, near = (leave_one_out(ready, v, lambda f: model.tokens(f.maps.to(model.device)))[1]
+                     for v in (views, views + turned))
         turned = turned if np.median(far / near) > 1.15 else []
     (bank, owner, tested), scores = leave_one_out(ready, views + turned, tokens)
     random, gains = np.random.default_rng(0), []
