@@ -37,9 +37,8 @@ Departures from the paper's text, where it is open or where its printed form doe
     up to four times the input's side, and how far cells are from all background (`detail=False`:
     neither); a guided filter then moves the borders of what it marks to the picture's own edges.
 15. The input keeps the picture's aspect ratio, at about (image_size / 14)^2 tokens.
-16. `detect` compares tokens, and the CNN's cells at two and four times the side, with good parts
-    by nearest neighbour, or where none is known with other images (`mutual`); the three most novel
-    ones score an image. S_n is left to `segment`.
+16. `detect` compares tokens with good parts by nearest neighbour, or where none is known with
+    other images (`mutual`); the three most novel ones score an image. S_n is left to `segment`.
 """
 from __future__ import annotations
 
@@ -70,7 +69,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-__version__ = "0.15.0"
+__version__ = "0.14.0"
 __all__ = ["Batch", "Config", "Detection", "EncodedImage", "Features", "ICAS", "Prepared",
            "References", "Segmentation", "Truths", "convert", "detect", "encode", "encode_image",
            "fit", "load", "mutual", "overlay", "prepare", "save", "segment", "to_mask", "to_rgb"]
@@ -1761,15 +1760,13 @@ class GoodParts(NamedTuple):
 
 
 def detect_levels(model: ICAS, features: Features) -> dict[str, tuple[Tensor, tuple[int, int]]]:
-    """Name -> unit tokens (1, T, D), grid: tapped blocks, and on one grid the detail at strides 8
-    and 16 of the picture at two and four times the side, and of the former its last tap alone."""
+    """Name -> unit tokens (1, T, D), grid: tapped blocks, and the detail at strides 8 and 16, of
+    the picture and, on the same grid, of that at twice the side."""
     found = {f"block {block}": (tokens, features.maps.shape[-2:])
              for block, tokens in zip(model.config.blocks, model.tokens(features.maps))}
     if model.config.detail:
-        two, four = (F.avg_pool2d(model.look_closer(features, n).float(), n) for n in (2, 4))
-        features.closer.pop(4)   # of 20 MB
-        for name, x in (("detail x2", two[:, 24:]), ("detail x2, last", two[:, 160:]),
-                        ("detail x4", four[:, 24:])):
+        fine = F.avg_pool2d(model.look_closer(features)[:, 24:].float(), 2)
+        for name, x in (("detail", features.detail[:, 24:]), ("fine detail", fine)):
             found[name] = unit_tokens(x), x.shape[-2:]
     return found
 
@@ -1794,28 +1791,28 @@ def learn_good(ready: Prepared) -> GoodParts:
     """What the good parts show. Of up to four, copies turned by 45 degrees count too if they
     bring a part that is left out 15 % nearer, where parts lie as they happen to. Of one they
     always do, and stand for a second part. A level weighs by how much farther a damaged part lies
-    (the log), and the less the farther good ones do, both squared."""
+    (the log), and the less the farther good ones do."""
     model, shots = ready.model, ready.references.normals
-    one = len(ready.images) == 1
+    one, few = len(ready.images) == 1, len(ready.images) <= 4
 
+    @functools.lru_cache(64 if few else 0)   # of few, what both looks below compare is kept
     def tokens(features: Features) -> list[Tensor]:
         seen = features.to(model.device, torch.float32)
         return [t for t, _ in detect_levels(model, seen).values()]
     views = [(int(shot.turn > 0) if one else ready.images.index(shot.image), shot.turn,
               shot.features) for shot in sorted(shots, key=lambda shot: shot.image)]
-    turned = []
-    if one or len(ready.images) <= 4 and any(shot.turn for shot in shots):
+    known, scores = (None, None) if one else leave_one_out(ready, views, tokens)
+    if one or few and any(shot.turn for shot in shots):
         for part, _, features in [view for view in views if view[1] == 0]:
             pixels = rearrange(features.picture[0], "c h w -> h w c").cpu().numpy()
             for angle in range(45, 360, 45):
-                x = scipy.ndimage.rotate(pixels, angle, reshape=False, order=1, mode="reflect")
-                seen = encode_pixels(torch.from_numpy(x), pixels.shape[:2], model)
-                turned.append((part + one, angle, seen.features))
-    if turned and not one:   # the blocks' tokens are enough to tell how parts lie
-        far, near = (leave_one_out(ready, v, lambda f: model.tokens(f.maps.to(model.device)))[1]
-                     for v in (views, views + turned))
-        turned = turned if np.median(far / near) > 1.15 else []
-    (bank, owner, tested), scores = leave_one_out(ready, views + turned, tokens)
+                turned = scipy.ndimage.rotate(pixels, angle, reshape=False, order=1, mode="reflect")
+                seen = encode_pixels(torch.from_numpy(turned), pixels.shape[:2], model)
+                views.append((part + one, angle, seen.features))
+        more, nearer = leave_one_out(ready, views, tokens)
+        if one or np.median(np.median(scores, axis=0) / np.median(nearer, axis=0)) > 1.15:
+            known, scores = more, nearer
+    bank, owner, tested = known
     random, gains = np.random.default_rng(0), []
     for i in np.arange(DAMAGES) % len(tested):
         part, features = tested[i]
@@ -1823,7 +1820,7 @@ def learn_good(ready: Prepared) -> GoodParts:
         levels = tokens(encode_pixels(pixels, pixels.shape[:2], model).features)
         gains.append(np.log(level_scores(ready, levels, bank, owner, part) / scores[i]))
     typical = np.median(scores, axis=0)
-    weights = (np.mean(gains, axis=0).clip(1e-3) / typical) ** 2
+    weights = np.mean(gains, axis=0).clip(1e-3) / typical
     weights = weights / weights.sum()
     return GoodParts(bank, owner, typical, weights, scores / typical @ weights)
 

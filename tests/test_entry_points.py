@@ -805,7 +805,7 @@ def test_turns_make_a_turned_part_as_near_as_the_part_itself(tiny, rng):
     # beside a picture of something else: each set of references has a unit of its own. The random
     # encoder's tokens are all place; the detail's are not.
     lying = np.rot90(good)
-    near, far = (a.parts["detail x2"] / b.parts["detail x2"] for a, b in (
+    near, far = (a.parts["detail"] / b.parts["detail"] for a, b in (
         icas.detect([lying, other], r, parts=True, model=tiny) for r in (all_round, upright)))
     assert near < 0.8 * far and near < 1
 

@@ -195,15 +195,16 @@ def test_detection_weighs_its_levels_by_what_they_see_of_damage(tiny, rng, monke
     image = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
 
     def levels(features, half):
-        """The tapped blocks, debiased, and the detail at strides 8 and 16 at two and four times
-        the side, at twice also the last tap alone; references are kept in float16."""
-        maps = features.maps.half().float() if half else features.maps
+        """The tapped blocks, debiased, and the detail at strides 8 and 16, once at twice the
+        side; references are kept in float16."""
+        maps, detail = features.maps, features.detail
+        if half:
+            maps, detail = maps.half().float(), detail.half().float()
         found = {f"block {number}": block[0].double().numpy()
                  for number, block in zip(tiny.config.blocks, tiny.tokens(maps))}
-        for name, scale, first in (("detail x2", 2, 24), ("detail x2, last", 2, 160),
-                                   ("detail x4", 4, 24)):   # channels 24 + 48 + 88 + 120
-            fine = icas.F.avg_pool2d(tiny.look_closer(features, scale).float(), scale)
-            found[name] = unit(fine[0, first:].flatten(1).T.double().numpy())
+        fine = icas.F.avg_pool2d(tiny.look_closer(features).float(), 2)
+        for name, x in (("detail", detail), ("fine detail", fine)):   # channels 48 + 88 + 120
+            found[name] = unit(x[0].flatten(1).T.double().numpy()[:, 24:])
         return found
     encoded = [icas.encode_image(picture, model=tiny).features for picture in (*goods, image)]
     shown = [levels(features, half=i < 3) for i, features in enumerate(encoded)]
@@ -224,7 +225,7 @@ def test_detection_weighs_its_levels_by_what_they_see_of_damage(tiny, rng, monke
         damaged = icas.encode_pixels(pixels, pixels.shape[:2], tiny).features
         gains.append(np.log(left_out(i, levels(damaged, half=False)) / own[:, i]))
     typical = np.median(own, axis=1)
-    weights = (np.maximum(np.mean(gains, axis=0), 1e-3) / typical) ** 2
+    weights = np.maximum(np.mean(gains, axis=0), 1e-3) / typical
     weights /= weights.sum()
     assert weights.min() < 0.5 / len(weights)   # it matters
     new = [distances(x[3], x[:3]) / t for x, t in zip(tokens.values(), typical)]
@@ -232,7 +233,7 @@ def test_detection_weighs_its_levels_by_what_they_see_of_damage(tiny, rng, monke
     assert found.parts == pytest.approx(dict(zip(tokens, map(top, new))), rel=5e-3)
     assert found.score == pytest.approx(weights @ [*map(top, new)], rel=5e-3)
     maps = [w * resize(x.reshape(n, n), (32, 32))
-            for w, x, n in zip(weights, new, (8, 8, 8, 14, 14, 14))]
+            for w, x, n in zip(weights, new, (8, 8, 8, 14, 14))]
     whole = np.sum(maps, axis=0)   # whose top percent has the score as mean
     np.testing.assert_allclose(found.map, resize(whole * found.score / top(whole), (40, 40)),
                                rtol=0.02)
