@@ -33,9 +33,10 @@ Departures from the paper's text, where it is open or where its printed form doe
 11. Losses are taken at sampled points and normalised over all ranks, as in Mask2Former.
 12. Scores are the prompt's share of what all masks claim, not an unbounded sum (`plain_sum=True`).
 13. Mask-level matching has a temperature, and a mask counts by how little it is background.
-14. `segment` fuses S_s, S_s^mfm, matching of tokens and, of small marks, of a small CNN's cells at
-    up to four times the input's side, and how far cells are from all background (`detail=False`:
-    neither); a guided filter then moves the borders of what it marks to the picture's own edges.
+14. `segment` fuses S_s, S_s^mfm, matching of tokens and, of small or thin marks, of a small CNN's
+    cells at up to four times the input's side, and how far cells are from all background
+    (`detail=False`: neither); a guided filter then moves the borders of what it marks to the
+    picture's own edges, as far as these tell the mark in the prompt's picture.
 15. The input keeps the picture's aspect ratio, at about (image_size / 14)^2 tokens.
 16. `detect` compares tokens with good parts by nearest neighbour, or where none is known with
     other images (`mutual`); the three most novel ones score an image. S_n is left to `segment`.
@@ -69,7 +70,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-__version__ = "0.14.0"
+__version__ = "0.15.0"
 __all__ = ["Batch", "Config", "Detection", "EncodedImage", "Features", "ICAS", "Prepared",
            "References", "Segmentation", "Truths", "convert", "detect", "encode", "encode_image",
            "fit", "load", "mutual", "overlay", "prepare", "save", "segment", "to_mask", "to_rgb"]
@@ -321,6 +322,7 @@ class Prompt(NamedTuple):
     usual: list[Tensor]       # (B,) a level, see `usual_distance`; infinite where it is not known
     neck: tuple[Tensor, ...] = ()   # the neck's map (B, R, C) and its two shares, where one is
     weight: float = 0.0       # the detail's beside the blocks, see `detail_weight`
+    edges: float = 0.0        # what `follow_edges` counts for, see `edge_share`
     scales: tuple[int, ...] = (1,)   # times the side of the picture whose detail is matched, and,
     #                           the last, of that whose detail tells what is novel
     good: int = 0             # good parts among the images
@@ -1285,8 +1287,8 @@ def thin(tokens: Tensor, sides: Tensor, turn: int, most: int) -> tuple[Tensor, T
 
 def pool_shots(model: ICAS, shots: Sequence[Shot]) -> Prompt:
     """All shots as one prompt, B = 1: tokens together, whatever their order (departure 7)."""
-    views, usual, blocks = [], [], len(model.config.blocks)
-    weight = detail_weight([float(s.sides[0][0].sum()) for s in shots if s.label])
+    views, usual, edges, blocks = [], [], [], len(model.config.blocks)
+    weight = detail_weight([shot.sides[0][0] for shot in shots if shot.label])
     # the background of clicks, which have no image's hash and say nothing of size, is a guess
     clicks = any(shot.label and not shot.image for shot in shots)
     scales = (1,) if weight < 0.1 else (2,) if weight < 0.75 or clicks else (4, 2)
@@ -1298,6 +1300,9 @@ def pool_shots(model: ICAS, shots: Sequence[Shot]) -> Prompt:
         coarse, fine = (side.to(model.device) for side in shot.sides)
         sides = [coarse] * blocks + [F.avg_pool2d(fine, 4 // n) for n in scales]
         tokens = model.levels(features, scales)
+        if shot.label and not shot.turn:
+            mark = F.adaptive_avg_pool2d(fine[:1], [4 * n for n in coarse.shape[1:]])
+            edges.append(edge_share(mark[None], features.picture))
         if shot.label and shot.image and not shot.turn:
             usual.append([usual_distance(t, s[None]) for t, s in zip(tokens, sides)])
         tokens += model.neck(features.maps)   # a level more, for Q_p^0 and Q_ntp^0
@@ -1312,13 +1317,18 @@ def pool_shots(model: ICAS, shots: Sequence[Shot]) -> Prompt:
     good = len({shot.image for shot in shots if not shot.label})
     decoder = 1.0 if clicks else 0.2   # matching trusts a guess blindly
     return Prompt(*map(list, zip(*levels)), directions, usual, neck[0] if neck else (), weight,
-                  scales, good, decoder)
+                  float(np.mean(edges or [0])), scales, good, decoder)
 
 
-def detail_weight(marked: Sequence[float]) -> float:
-    """The detail's weight beside the blocks, 1/2 where a view marks four tokens on average, next to
-    nothing for more: a token blurs small defects, the small CNN takes texture for large ones."""
-    return 1 / (1 + (float(np.mean(marked)) / 4) ** 4) if marked else 0.0
+def detail_weight(marks: Sequence[Tensor]) -> float:
+    """The detail's weight beside the blocks, of the marks' shares (H0, W0) of each token: 1/2 where
+    they are of four tokens, or so thin that they fill 40 % of one, next to nothing for more. A
+    token blurs small and thin defects, the small CNN takes texture for large ones."""
+    if not marks:
+        return 0.0
+    area = np.mean([float(x.sum()) for x in marks])
+    fill = np.mean([float(x.square().sum() / x.sum().clamp_min(1e-9)) for x in marks])
+    return 1 / (1 + min(area / 4, (fill / 0.4) ** 2) ** 4)
 
 
 @dataclass(eq=False, repr=False)
@@ -1652,8 +1662,8 @@ def segment(images: Any, references: References | Prepared | None = None, *,
             for p in found:
                 p["icas"] = leave_good(p["icas"], novelty)
         if labels[0] and not ready.model.config.plain_sum:
-            for label, p in zip(labels, found):   # its windows blur what is smaller than they are
-                share = 0.6 * (1 - used.prompt(label).weight)
+            for label, p in zip(labels, found):
+                share = used.prompt(label).edges
                 p["icas"] = follow_edges(p["icas"], image.features.picture, share)
         maps = torch.stack([p["icas"] for p in found]).cpu().numpy()
         if parts:
@@ -1684,27 +1694,46 @@ def leave_good(odds: Tensor, novelty: Tensor) -> Tensor:
     return odds.minimum(torch.from_numpy(4 * (highest - 1)).to(odds)[torch.from_numpy(inside)])
 
 
-def follow_edges(odds: Tensor, picture: Tensor, share: float) -> Tensor:
-    """(2 H, 2 W) log-odds from (H, W): `share` of them by a fast guided filter (He and Sun, 2015),
-    in each 11 x 11 window a linear function of the colours of the (1, 3, h, w) uint8 picture. So
-    marks end where the picture has an edge, and an odd cell is overruled by what looks like it."""
+def guided_lines(values: Tensor, colours: Tensor) -> Tensor:
+    """(1, 4, H, W) slopes and offset of a guided filter (He and Sun, 2015): values (1, 1, H, W) as
+    a linear function of the colours (1, 3, H, W), fitted in 11 x 11 windows."""
     def mean(x: Tensor) -> Tensor:
         return F.avg_pool2d(x, 11, stride=1, padding=5, count_include_pad=False)
 
     def products(x: Tensor) -> Tensor:
         return (x[:, :, None] * x[:, None]).flatten(1, 2)
-    size, plain = [2 * n for n in odds.shape], odds[None, None]
-    fine = F.adaptive_avg_pool2d(picture / 255, size)                              # 1 3 2H 2W
-    both = torch.cat([F.avg_pool2d(fine, 2), plain.clamp(-4, 4)], dim=1)           # 1 4 H W
+    both = torch.cat([colours, values], dim=1)
     centre = mean(both)
     scatter = rearrange(mean(products(both)) - products(centre), "b (i j) h w -> b h w i j", i=4)
-    own = scatter[..., :3, :3] + 2e-4 * torch.eye(3, device=odds.device)
+    own = scatter[..., :3, :3] + 2e-4 * torch.eye(3, device=values.device)
     slope = torch.cholesky_solve(scatter[..., :3, 3:], torch.linalg.cholesky(own))
     slope = rearrange(slope, "b h w i 1 -> b i h w")
     offset = centre[:, 3:] - (slope * centre[:, :3]).sum(dim=1, keepdim=True)
-    lines = F.interpolate(mean(torch.cat([slope, offset], dim=1)), size=size, mode="bilinear")
+    return mean(torch.cat([slope, offset], dim=1))
+
+
+def follow_edges(odds: Tensor, picture: Tensor, share: float) -> Tensor:
+    """(2 H, 2 W) log-odds from (H, W): `share` of them as the colours of the (1, 3, h, w) uint8
+    picture tell them (`guided_lines`). So marks end where the picture has an edge, and an odd cell
+    is overruled by what looks like it."""
+    size, plain = [2 * n for n in odds.shape], odds[None, None]
+    fine = F.adaptive_avg_pool2d(picture / 255, size)                              # 1 3 2H 2W
+    lines = F.interpolate(guided_lines(plain.clamp(-4, 4), F.avg_pool2d(fine, 2)), size=size,
+                          mode="bilinear")
     plain = F.interpolate(plain, size=size, mode="bilinear")[0, 0]
     return plain + share * ((lines[:, :3] * fine).sum(dim=1)[0] + lines[0, 3] - plain)
+
+
+def edge_share(mark: Tensor, picture: Tensor) -> float:
+    """The share that `follow_edges` deserves, by how much of a mark (1, 1, H, W) in [0, 1], within
+    five cells of it, the colours of its own picture tell: nothing at an R^2 of 0.3, as of what is
+    smaller than a window and has no colour of its own, 0.75 from 0.7 on."""
+    colours = F.adaptive_avg_pool2d(picture / 255, mark.shape[2:])
+    lines, near = guided_lines(mark, colours), F.max_pool2d(mark, 11, stride=1, padding=5) > 0
+    told = ((lines[:, :3] * colours).sum(dim=1, keepdim=True) + lines[:, 3:])[near]
+    error, spread = (mark[near] - told).square().sum(), (mark[near] - mark[near].mean()).square()
+    fit = 1 - float(error / spread.sum().clamp_min(1e-6))
+    return 0.75 * min(max((fit - 0.3) / 0.4, 0.0), 1.0)
 
 
 def check_threshold(threshold: float | None) -> float:
@@ -1866,26 +1895,23 @@ def cut_paste(picture: Tensor, random: np.random.Generator) -> Tensor:
     return pixels
 
 
-def good_maps(ready: Prepared, features: Features) -> dict[str, Tensor]:
-    """(H, W) map of each level, in units of what unseen good parts score."""
-    itself = -1   # of `mutual` pictures one is not compared with itself
+def compare_good(ready: Prepared, features: Features) -> tuple[Tensor, dict[str, float]]:
+    """(4 H0, 4 W0) map and image score by each level, in units of what unseen good parts score. The
+    map is the levels' weighed mean, for which of them is right differs from part to part, scaled to
+    the weighed mean of their scores, for they peak at other places."""
+    itself, good = -1, ready.good   # of `mutual` pictures one is not compared with itself
     if ready.mutual:
         same = [ready.images.index(shot.image) for shot in ready.references.normals
                 if torch.equal(shot.features.picture, features.picture)]
         itself = same[0] if same else -1
-    return {name: novelty(ready, tokens, bank, owner, itself).view(grid) / typical
-            for (name, (tokens, grid)), bank, owner, typical in zip(
-                detect_levels(ready.model, features).items(), *ready.good[:3])}
-
-
-def all_levels(ready: Prepared, maps: dict[str, Tensor], features: Features) -> Tensor:
-    """(4 H0, 4 W0) weighed mean of `good_maps`, for which level is right differs from part to part;
-    scaled to the weighed mean of their image scores, for the levels peak at other places."""
-    size, score, whole = [4 * n for n in features.maps.shape[-2:]], 0, 0
-    for weight, x in zip(ready.good.weights.tolist(), maps.values()):
-        score += weight * top_mean(x)
-        whole += weight * F.interpolate(x[None, None], size=size, mode="bilinear")[0, 0]
-    return whole * (score / top_mean(whole).clamp_min(1e-6))   # 0 of a good part itself
+    size, whole, scores = [4 * n for n in features.maps.shape[-2:]], 0, {}
+    for (name, (tokens, grid)), bank, owner, typical, weight in zip(
+            detect_levels(ready.model, features).items(), *good[:4]):
+        far = novelty(ready, tokens, bank, owner, itself).view(1, 1, *grid) / typical
+        scores[name] = float(top_mean(far))
+        whole += F.interpolate(far, size=size, mode="bilinear")[0, 0] * weight
+    score = float(good.weights @ list(scores.values()))
+    return whole * (score / top_mean(whole).clamp_min(1e-6)), scores   # 0 of a good part itself
 
 
 RATE = 0.08   # false positive rate of `detect` by default
@@ -1911,9 +1937,8 @@ def upper_limit(scores: Sequence[float], rate: float) -> float:
 
 
 def beyond_good(ready: Prepared, features: Features, rate: float) -> Tensor:
-    """(4 H0, 4 W0) `all_levels`, in units of what unseen good parts exceed at the rate."""
-    limit = upper_limit(ready.good.scores, rate)
-    return all_levels(ready, good_maps(ready, features), features) / limit
+    """(4 H0, 4 W0) map of `compare_good`, in units of what unseen good parts exceed at the rate."""
+    return compare_good(ready, features)[0] / upper_limit(ready.good.scores, rate)
 
 
 def false_positives(scores: Sequence[float], threshold: float) -> float:
@@ -1944,11 +1969,9 @@ def detect(images: Any, references: References | Prepared | None = None, *, norm
     threshold = upper_limit(ready.good.scores, false_positive_rate)
 
     def find(image: EncodedImage) -> Detection:
-        maps = good_maps(ready, image.features)
-        far = all_levels(ready, maps, image.features)
-        tops = {name: float(top_mean(m)) for name, m in maps.items()} if parts else {}
+        far, scores = compare_good(ready, image.features)
         return Detection(float(top_mean(far)), far[None].cpu().numpy(), image.shape, threshold,
-                         tops)
+                         scores if parts else {})
     return each_image(images, ready.model, find)
 
 

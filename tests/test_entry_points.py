@@ -486,7 +486,7 @@ def test_clicks_are_looked_at_twice(tiny, rng, monkeypatch):
     shot = icas.make_shot(features, icas.join_sure(sides, first), "defect")
     prompt = icas.pool_shots(tiny, [shot])
     odds = icas.score_parts(tiny, features, prompt)["icas"]
-    odds = icas.follow_edges(odds, features.picture, 0.6 * (1 - prompt.weight))
+    odds = icas.follow_edges(odds, features.picture, prompt.edges)
     odds = icas.to_shape(odds[None].numpy(), (40, 40))[0]
     np.testing.assert_allclose(twice, 1 / (1 + np.exp(-odds)), atol=1e-4)
     # never sure: the clicks alone
@@ -863,8 +863,9 @@ def test_many_references_keep_a_bounded_number_of_tokens(tiny, rng, monkeypatch)
 
     def far():
         ready = icas.prepare(whole, model=tiny)
-        maps = icas.good_maps(ready, icas.encode_image(goods[0], model=tiny).features).values()
-        return [x * float(unit) for x, unit in zip(maps, ready.good.typical, strict=True)]
+        features = icas.encode_image(goods[0], model=tiny).features
+        levels = [tokens for tokens, _ in icas.detect_levels(tiny, features).values()]
+        return [icas.novelty(ready, *level, -1) for level in zip(levels, *ready.good[:2])]
     every = far()
     for cap in ("CAP", "BANK"):
         monkeypatch.setattr(icas, cap, 6 * 20)

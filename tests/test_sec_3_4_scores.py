@@ -174,10 +174,20 @@ def test_relations_equal_loops(rng, marked, detail):
 
 
 def test_the_detail_counts_half_at_four_marked_tokens_a_view_and_little_beyond():
-    weight = icas.detail_weight
-    assert weight([4]) == weight([4] * 8) == weight([2, 6]) == 0.5 and weight([]) == 0
-    assert weight([0]) == 1 > weight([1]) > weight([4]) > weight([30]) > 0
-    assert weight([8]) == weight([4, 12]) == pytest.approx(1 / 17)
+    def weight(*areas):   # each of tokens that are full, and a last one that is not
+        return icas.detail_weight([torch.tensor([1.0] * int(x) + [x % 1]) for x in areas])
+    assert weight(4) == weight(*[4] * 8) == weight(2, 6) == 0.5 and weight() == 0
+    assert weight(0.0) == 1 > weight(1) > weight(4) > weight(30) > 0
+    assert weight(8) == weight(4, 12) == pytest.approx(1 / 17)
+
+
+@pytest.mark.parametrize("share, expected", [(0.2, 256 / 257), (0.4, 1 / 2), (0.8, 1 / 257)])
+def test_a_long_thin_mark_counts_as_a_small_one(share, expected):
+    line = torch.zeros(28, 28)
+    line[:, 9] = share   # a crack through the picture: many tokens, each filled a little
+    weight = icas.detail_weight([line])
+    assert weight == pytest.approx(max(expected, 1 / (1 + (28 * share / 4) ** 4)))
+    assert icas.detail_weight([line, line]) == pytest.approx(weight)
 
 
 def top(values):
@@ -454,6 +464,24 @@ def test_a_mark_that_spills_over_an_edge_is_drawn_back_to_it():
     assert (found != truth).float().mean() < 0.01
     flat = torch.full_like(picture, 100)   # without an edge nothing moves far
     assert ((icas.follow_edges(odds, flat, 0.6) > 0) != plain).float().mean() < 0.02
+
+
+def test_edges_count_as_far_as_colours_tell_the_mark_in_its_own_picture(rng):
+    side, mark = 30, torch.zeros(1, 1, 30, 30)
+    mark[..., 12:15, 10:14] = torch.from_numpy(rng.random((3, 4), np.float32))
+    noise = torch.from_numpy(rng.integers(0, 256, (1, 3, side, side), dtype=np.uint8))
+    own = noise // 8   # dark, and where it is marked bright
+    own = torch.where(mark > 0, (255 * mark).to(torch.uint8), own)
+    assert icas.edge_share(mark, own) == 0.75 > icas.edge_share(mark, noise) == 0
+    half = torch.where(mark > 0, (100 * mark).to(torch.uint8), noise // 4)
+    lines = guided(mark[0, 0].numpy(), half[0].permute(1, 2, 0).numpy() / 255, 5, 2e-4)
+    told = (lines[0] * half[0].permute(1, 2, 0).numpy() / 255).sum(axis=2) + lines[1]
+    near = (slice(7, 20), slice(5, 19))   # within five cells of it
+    found, truth = told[near], mark[0, 0].numpy()[near]
+    fit = 1 - np.square(found - truth).sum() / np.square(truth - truth.mean()).sum()
+    assert 0.3 < fit < 0.7
+    assert icas.edge_share(mark, half) == pytest.approx(0.75 * (fit - 0.3) / 0.4, abs=1e-3)
+    assert icas.edge_share(torch.ones(1, 1, 8, 8), noise) == 0.75   # all of a picture: no border
 
 
 def test_the_printed_form_keeps_the_decoder_s_own_map(tiny, rng, monkeypatch):
