@@ -10,11 +10,11 @@ never trained on: the paper of this title, in its order. "Ours" heads what it do
 
     paper              code                     shape
     I_r, I_t           reference, target        (B, 3, H, W)      RGB in [0, 1]
-    F_r, F_t           maps                     (B, D, H0, W0)    one for each tapped encoder block
+    F_r, F_t           maps                     (B, n D, H0, W0)  of n tapped encoder blocks
     Q_c^0, Q_c         content                  (B, K, C)
     Q_p, Q_ntp         prompt, other            (B, 1, C)         prompted label; what is not it
     Q_fg, Q_bg         foreground, background   (C,)              learned
-    P_t                pixels                   (B, C, 4 H0, 4 W0)
+    P_t                pixels                   (B, P, 4 H0, 4 W0)
     script M_t         mask_logits              (B, K, 4 H0, 4 W0)
     S_s, S_n, S^mfm    semantic, normal, semantic_mfm, normal_mfm
 
@@ -287,7 +287,7 @@ class Detail(nn.Module):
 
 def token_share(masks: Tensor, h0: int, w0: int) -> Tensor:
     """(B, H, W) masks in [0, 1] -> (B, H0, W0) share of each token's area (departure 7)."""
-    return F.adaptive_avg_pool2d(masks.float()[:, None], (h0, w0))[:, 0]
+    return F.adaptive_avg_pool2d(masks.float(), (h0, w0))
 
 
 def mask_pool(features: Tensor, masks: Tensor) -> Tensor:
@@ -1291,6 +1291,7 @@ def pool_shots(model: ICAS, shots: Sequence[Shot]) -> Prompt:
     weight = detail_weight([shot.sides[0][0] for shot in shots if shot.label])
     # the background of clicks, which have no image's hash and say nothing of size, is a guess
     clicks = any(shot.label and not shot.image for shot in shots)
+    # twice the side below seven tokens or 53 % of each, four times below three or 35 %
     scales = (1,) if weight < 0.1 else (2,) if weight < 0.75 or clicks else (4, 2)
     scales = scales if model.config.detail else ()
     most = max(16, CAP // len(shots))
@@ -1301,10 +1302,10 @@ def pool_shots(model: ICAS, shots: Sequence[Shot]) -> Prompt:
         sides = [coarse] * blocks + [F.avg_pool2d(fine, 4 // n) for n in scales]
         tokens = model.levels(features, scales)
         if shot.label and not shot.turn:
-            mark = F.adaptive_avg_pool2d(fine[:1], [4 * n for n in coarse.shape[1:]])
-            edges.append(edge_share(mark[None], features.picture))
-        if shot.label and shot.image and not shot.turn:
-            usual.append([usual_distance(t, s[None]) for t, s in zip(tokens, sides)])
+            mark = token_share(fine, *(4 * n for n in coarse.shape[1:]))[0]
+            edges.append(edge_share(mark, features.picture))
+            if shot.image:
+                usual.append([usual_distance(t, s[None]) for t, s in zip(tokens, sides)])
         tokens += model.neck(features.maps)   # a level more, for Q_p^0 and Q_ntp^0
         views.append([thin(t, s.flatten(1), shot.turn, n)
                       for t, s, n in zip(tokens, [*sides, coarse], limits)])
@@ -1321,9 +1322,9 @@ def pool_shots(model: ICAS, shots: Sequence[Shot]) -> Prompt:
 
 
 def detail_weight(marks: Sequence[Tensor]) -> float:
-    """The detail's weight beside the blocks, of the marks' shares (H0, W0) of each token: 1/2 where
-    they are of four tokens, or so thin that they fill 40 % of one, next to nothing for more. A
-    token blurs small and thin defects, the small CNN takes texture for large ones."""
+    """The detail's weight beside the blocks, of each view's mark as shares (H0, W0) of tokens: 1/2
+    where it covers four on average, or fills 40 % of those it touches; next to nothing where it
+    exceeds both. A token blurs small and thin defects, the small CNN takes texture for large."""
     if not marks:
         return 0.0
     area = np.mean([float(x.sum()) for x in marks])
@@ -1376,7 +1377,7 @@ class Prepared:
 
 
 @torch.inference_mode()
-def prepare(references: References, *, model: ICAS | None = None) -> Prepared:
+def prepare(references: References | Prepared, *, model: ICAS | None = None) -> Prepared:
     """References made ready once, for many calls of `segment` or `detect`: segment(path, ready)."""
     if isinstance(references, Prepared):
         check(model in (None, references.model),
@@ -1517,7 +1518,7 @@ class Segmentation(Marked):
     @functools.cached_property
     def label_scores(self) -> np.ndarray:
         """(n, h, w) float32 in [0, 1], higher is more anomalous."""
-        return to_shape(self.maps, self.shape, torch.Tensor.sigmoid_)
+        return torch.from_numpy(to_shape(self.maps, self.shape)).sigmoid_().numpy()
 
     @functools.cached_property
     def score(self) -> np.ndarray:
@@ -1535,14 +1536,10 @@ class Segmentation(Marked):
         return bool(self.mask.any())
 
 
-def to_shape(maps: np.ndarray, shape: tuple[int, int], change: Callable | None = None):
-    """(n, h, w) float32 of (n, H, W), bilinear, one at a time; `change` works on each in place."""
-    resized = np.empty((len(maps), *shape), np.float32)
-    for x, out in zip(torch.from_numpy(maps), torch.from_numpy(resized)):
-        out.copy_(F.interpolate(x[None, None], size=shape, mode="bilinear")[0, 0])
-        if change:
-            change(out)
-    return resized
+def to_shape(maps: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """(n, h, w) float32 of (n, H, W), bilinear."""
+    x = torch.from_numpy(maps)[None].float()
+    return F.interpolate(x, size=shape, mode="bilinear")[0].numpy()
 
 
 def regions(mask: np.ndarray) -> list[tuple[tuple[slice, slice], np.ndarray]]:
@@ -1582,18 +1579,16 @@ def score_parts(model: ICAS, features: Features, prompt: Prompt,
     odds = torch.stack(mixed[:len(config.blocks)]).mean(dim=0)
     decoded = model.decode(features, levels, prompt, matches)
     scores = mask_scores(model.decoder, decoded, levels[config.last], prompt, reference_masks)
-    paper = {"S_s": scores.semantic[0], "S_s mfm": scores.semantic_mfm[0]}
-    parts |= {name: torch.logit(x.clamp(0.007, 0.993)) for name, x in paper.items()}
-    parts |= {"S_n": torch.logit(scores.normal[0], 1e-4),
-              "S_n mfm": torch.logit(scores.normal_mfm[0], 1e-4)}
+    parts |= {name: torch.logit(x[0], least) for name, x, least in zip(
+        ("S_s", "S_s mfm", "S_n", "S_n mfm"), scores, (0.007, 0.007, 1e-4, 1e-4))}
     if config.plain_sum:
-        return parts | {"icas": torch.logit(sum(paper.values()).clamp(1e-4, 1 - 1e-4))}
+        return parts | {"icas": torch.logit((scores.semantic + scores.semantic_mfm)[0], 1e-4)}
     if config.detail:
         odds = odds + prompt.weight * (mixed[-1] - odds)
     odds = odds + prompt.decoder * (parts["S_s"] + parts["S_s mfm"])
     if config.detail and prompt.usual[-1].isfinite():
-        # how much farther from the background than the marked image's own background is: twice
-        # as much for as against, and less where more than a tenth of the image is: another light
+        # how much farther from the background than the marked image's own background is: more for
+        # than against, and less where more than a tenth of the image is: another light
         far = beyond_usual(matches[-1].best_bg, prompt.usual[-1]).unflatten(1, grids[-1])
         parts["novelty"] = F.interpolate(far[None], size=size, mode="bilinear")[0, 0]
         rare = 0.1 / max(0.1, float((far > 0).float().mean()))
@@ -1655,22 +1650,19 @@ def segment(images: Any, references: References | Prepared | None = None, *,
             marks = mark_sides(image.shape, points, point_labels, boxes, mask)
             sides = marks[:2] if points is None else join_sure(marks, first_look(image, marks))
             used = join_marks(image, sides)
-        labels, shown = used.references.labels or [""], {}
+        labels = used.references.labels or [""]
         found = [label_parts(used, image, label, parts) for label in labels]
-        if labels[0] and used.prompt(labels[0]).good >= FEW:
+        odds = [p["icas"] for p in found]
+        if labels[0] and len(ready.images) >= FEW:
             novelty = beyond_good(ready, image.features, 0.3) / MASK_FROM
-            for p in found:
-                p["icas"] = leave_good(p["icas"], novelty)
+            odds = [leave_good(x, novelty) for x in odds]
         if labels[0] and not ready.model.config.plain_sum:
-            for label, p in zip(labels, found):
-                share = used.prompt(label).edges
-                p["icas"] = follow_edges(p["icas"], image.features.picture, share)
-        maps = torch.stack([p["icas"] for p in found]).cpu().numpy()
-        if parts:
-            shown = {name: to_shape(x[None].cpu().numpy(), image.shape)[0]
-                     for name, x in found[0].items()}
+            odds = [follow_edges(x, image.features.picture, used.prompt(label).edges)
+                    for label, x in zip(labels, odds)]
+        shown = {name: to_shape(x[None].cpu().numpy(), image.shape)[0]
+                 for name, x in (found[0] | {"icas": odds[0]}).items() if parts}
         names = [label or "anomaly" for label in labels]
-        return Segmentation(maps, names, image.shape, cut, shown)
+        return Segmentation(torch.stack(odds).cpu().numpy(), names, image.shape, cut, shown)
     return each_image(images, ready.model, find)
 
 
@@ -1694,46 +1686,42 @@ def leave_good(odds: Tensor, novelty: Tensor) -> Tensor:
     return odds.minimum(torch.from_numpy(4 * (highest - 1)).to(odds)[torch.from_numpy(inside)])
 
 
-def guided_lines(values: Tensor, colours: Tensor) -> Tensor:
-    """(1, 4, H, W) slopes and offset of a guided filter (He and Sun, 2015): values (1, 1, H, W) as
-    a linear function of the colours (1, 3, H, W), fitted in 11 x 11 windows."""
-    def mean(x: Tensor) -> Tensor:
-        return F.avg_pool2d(x, 11, stride=1, padding=5, count_include_pad=False)
-
-    def products(x: Tensor) -> Tensor:
-        return (x[:, :, None] * x[:, None]).flatten(1, 2)
-    both = torch.cat([colours, values], dim=1)
+def guided(values: Tensor, picture: Tensor, scale: int) -> Tensor:
+    """(scale H, scale W) of values (H, W), as the colours of the (1, 3, h, w) uint8 picture tell
+    them: a fast guided filter (He and Sun, 2015), in each 11 x 11 window a linear function."""
+    mean = nn.AvgPool2d(11, stride=1, padding=5, count_include_pad=False)
+    fine = F.adaptive_avg_pool2d(picture[0] / 255, [scale * n for n in values.shape])
+    both = torch.cat([F.avg_pool2d(fine, scale), values[None]])                     # 4 h w
     centre = mean(both)
-    scatter = rearrange(mean(products(both)) - products(centre), "b (i j) h w -> b h w i j", i=4)
-    own = scatter[..., :3, :3] + 2e-4 * torch.eye(3, device=values.device)
-    slope = torch.cholesky_solve(scatter[..., :3, 3:], torch.linalg.cholesky(own))
-    slope = rearrange(slope, "b h w i 1 -> b i h w")
-    offset = centre[:, 3:] - (slope * centre[:, :3]).sum(dim=1, keepdim=True)
-    return mean(torch.cat([slope, offset], dim=1))
+    covariance = mean(both[:, None] * both) - centre[:, None] * centre              # 4 4 h w
+    covariance = rearrange(covariance, "i j h w -> h w i j")
+    own = covariance[..., :3, :3] + 2e-4 * torch.eye(3, device=values.device)   # its epsilon
+    slope = torch.cholesky_solve(covariance[..., :3, 3:], torch.linalg.cholesky(own))
+    slope = rearrange(slope, "h w i 1 -> i h w")
+    offset = centre[3:] - (slope * centre[:3]).sum(dim=0, keepdim=True)
+    lines = mean(torch.cat([slope, offset]))   # the mean of all windows that hold a cell
+    lines = F.interpolate(lines[None], size=fine.shape[1:], mode="bilinear")[0]
+    return (lines[:3] * fine).sum(dim=0) + lines[3]
 
 
 def follow_edges(odds: Tensor, picture: Tensor, share: float) -> Tensor:
-    """(2 H, 2 W) log-odds from (H, W): `share` of them as the colours of the (1, 3, h, w) uint8
-    picture tell them (`guided_lines`). So marks end where the picture has an edge, and an odd cell
-    is overruled by what looks like it."""
-    size, plain = [2 * n for n in odds.shape], odds[None, None]
-    fine = F.adaptive_avg_pool2d(picture / 255, size)                              # 1 3 2H 2W
-    lines = F.interpolate(guided_lines(plain.clamp(-4, 4), F.avg_pool2d(fine, 2)), size=size,
-                          mode="bilinear")
-    plain = F.interpolate(plain, size=size, mode="bilinear")[0, 0]
-    return plain + share * ((lines[:, :3] * fine).sum(dim=1)[0] + lines[0, 3] - plain)
+    """(2 H, 2 W) log-odds from (H, W): `share` of them, within [-4, 4], as the picture's colours
+    tell them (`guided`). So marks end where the picture has an edge, and an odd cell is overruled
+    by what looks like it."""
+    told = guided(odds.clamp(-4, 4), picture, scale=2)
+    plain = F.interpolate(odds[None, None], size=told.shape, mode="bilinear")[0, 0]
+    return plain + share * (told - plain)
 
 
 def edge_share(mark: Tensor, picture: Tensor) -> float:
-    """The share that `follow_edges` deserves, by how much of a mark (1, 1, H, W) in [0, 1], within
-    five cells of it, the colours of its own picture tell: nothing at an R^2 of 0.3, as of what is
-    smaller than a window and has no colour of its own, 0.75 from 0.7 on."""
-    colours = F.adaptive_avg_pool2d(picture / 255, mark.shape[2:])
-    lines, near = guided_lines(mark, colours), F.max_pool2d(mark, 11, stride=1, padding=5) > 0
-    told = ((lines[:, :3] * colours).sum(dim=1, keepdim=True) + lines[:, 3:])[near]
-    error, spread = (mark[near] - told).square().sum(), (mark[near] - mark[near].mean()).square()
-    fit = 1 - float(error / spread.sum().clamp_min(1e-6))
-    return 0.75 * min(max((fit - 0.3) / 0.4, 0.0), 1.0)
+    """The share that `follow_edges` deserves, by how much of a mark (H, W) in [0, 1], within five
+    cells of it, the colours of its own picture tell: nothing up to an R^2 of 0.3, as of what is
+    smaller than a window and has no colour of its own, 0.75 from 0.7 on, or of a whole picture."""
+    near = F.max_pool2d(mark[None], 11, stride=1, padding=5)[0] > 0
+    own, told = mark[near], guided(mark, picture, scale=1)[near]
+    spread = (own - own.mean()).square().sum().clamp_min(1e-6)
+    fit = 1 - float((own - told).square().sum() / spread)
+    return float(np.interp(fit, (0.3, 0.7), (0.0, 0.75)))
 
 
 def check_threshold(threshold: float | None) -> float:
@@ -1751,7 +1739,7 @@ MASK_FROM = 0.8   # of a limit on image scores, which bounds a good part's few h
 @dataclass(frozen=True)
 class Detection(Marked):
     """What `detect` says of one image; `dataclasses.replace(it, threshold=t)` judges it anew. The
-    unit of scores, map and threshold is what an unseen good part scores, on average."""
+    unit of scores, map and threshold is the median score of unseen good parts."""
     score: float            # mean of the three highest tokens, weighed over the levels
     maps: np.ndarray        # (1, H, W) float32 as computed: weighed mean of the levels
     shape: tuple[int, int]  # (h, w) of the image
@@ -1899,18 +1887,16 @@ def compare_good(ready: Prepared, features: Features) -> tuple[Tensor, dict[str,
     """(4 H0, 4 W0) map and image score by each level, in units of what unseen good parts score. The
     map is the levels' weighed mean, for which of them is right differs from part to part, scaled to
     the weighed mean of their scores, for they peak at other places."""
-    itself, good = -1, ready.good   # of `mutual` pictures one is not compared with itself
-    if ready.mutual:
-        same = [ready.images.index(shot.image) for shot in ready.references.normals
-                if torch.equal(shot.features.picture, features.picture)]
-        itself = same[0] if same else -1
+    # of `mutual` pictures one is not compared with itself
+    itself = next((ready.images.index(shot.image) for shot in ready.references.normals
+                   if ready.mutual and torch.equal(shot.features.picture, features.picture)), -1)
     size, whole, scores = [4 * n for n in features.maps.shape[-2:]], 0, {}
     for (name, (tokens, grid)), bank, owner, typical, weight in zip(
-            detect_levels(ready.model, features).items(), *good[:4]):
+            detect_levels(ready.model, features).items(), *ready.good[:4]):
         far = novelty(ready, tokens, bank, owner, itself).view(1, 1, *grid) / typical
         scores[name] = float(top_mean(far))
         whole += F.interpolate(far, size=size, mode="bilinear")[0, 0] * weight
-    score = float(good.weights @ list(scores.values()))
+    score = float(ready.good.weights @ list(scores.values()))
     return whole * (score / top_mean(whole).clamp_min(1e-6)), scores   # 0 of a good part itself
 
 
@@ -2319,7 +2305,7 @@ def draw_result(out: Path, run: dict, line: dict, pixels: Tensor | None = None) 
 
 def run_folder(images: dict[str, Path], out: Path, run: dict, find: Callable, model: ICAS,
                skipped: Sequence[str]) -> int:
-    """Score each image that OUT has no line of, then `finish_run`. returns the exit status.
+    """Score each image that OUT has no line of, then `finish_run`. Returns the exit status.
 
     run   as in run.json; results of another "key" are never mixed in.
     find  EncodedImage -> Segmentation or Detection. Under torchrun each rank takes its share.

@@ -467,21 +467,21 @@ def test_a_mark_that_spills_over_an_edge_is_drawn_back_to_it():
 
 
 def test_edges_count_as_far_as_colours_tell_the_mark_in_its_own_picture(rng):
-    side, mark = 30, torch.zeros(1, 1, 30, 30)
-    mark[..., 12:15, 10:14] = torch.from_numpy(rng.random((3, 4), np.float32))
+    side, mark = 30, torch.zeros(30, 30)
+    mark[12:15, 10:14] = torch.from_numpy(rng.random((3, 4), np.float32))
     noise = torch.from_numpy(rng.integers(0, 256, (1, 3, side, side), dtype=np.uint8))
     own = noise // 8   # dark, and where it is marked bright
     own = torch.where(mark > 0, (255 * mark).to(torch.uint8), own)
     assert icas.edge_share(mark, own) == 0.75 > icas.edge_share(mark, noise) == 0
     half = torch.where(mark > 0, (100 * mark).to(torch.uint8), noise // 4)
-    lines = guided(mark[0, 0].numpy(), half[0].permute(1, 2, 0).numpy() / 255, 5, 2e-4)
+    lines = guided(mark.numpy(), half[0].permute(1, 2, 0).numpy() / 255, 5, 2e-4)
     told = (lines[0] * half[0].permute(1, 2, 0).numpy() / 255).sum(axis=2) + lines[1]
     near = (slice(7, 20), slice(5, 19))   # within five cells of it
-    found, truth = told[near], mark[0, 0].numpy()[near]
+    found, truth = told[near], mark.numpy()[near]
     fit = 1 - np.square(found - truth).sum() / np.square(truth - truth.mean()).sum()
     assert 0.3 < fit < 0.7
     assert icas.edge_share(mark, half) == pytest.approx(0.75 * (fit - 0.3) / 0.4, abs=1e-3)
-    assert icas.edge_share(torch.ones(1, 1, 8, 8), noise) == 0.75   # all of a picture: no border
+    assert icas.edge_share(torch.ones(8, 8), noise) == 0.75   # all of a picture: no border
 
 
 def test_the_printed_form_keeps_the_decoder_s_own_map(tiny, rng, monkeypatch):
