@@ -25,7 +25,8 @@ Departures from the paper's text, where it is open or where its printed form doe
  4. Queries get a sine encoding of their place and a learned embedding of their kind.
  5. Layers are pre-norm; content and prompt queries have feed-forward nets of their own.
  6. The neck is two convolutions, the mask decoder two transposed ones: a ViT has one stride.
- 7. Masks are pooled by each token's share, so that a mask of one pixel never vanishes.
+ 7. Masks are pooled by each token's share, so that a mask of one pixel never vanishes, and over
+    twelve copies of the prompt: turned, mirrored and larger.
  8. The decoder also sees what matching without training says, pixel by pixel (`correspondence`);
     the shipped one sees nothing else, so that it works with any encoder (`features=False`).
  9. Classifiers are cosines with a learned scale; inner products saturate.
@@ -70,7 +71,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-__version__ = "0.15.0"
+__version__ = "0.16.0"
 __all__ = ["Batch", "Config", "Detection", "EncodedImage", "Features", "ICAS", "Prepared",
            "References", "Segmentation", "Truths", "convert", "detect", "encode", "encode_image",
            "fit", "load", "mutual", "overlay", "prepare", "save", "segment", "to_mask", "to_rgb"]
@@ -1130,7 +1131,7 @@ class Shot(NamedTuple):
     #                          the marked anomaly, of what is surely not it
     label: str               # "" of a good part
     image: str               # which image: a hash of its pixels
-    turn: int                # 0 as it lies, 1 to 7 a flipped or turned copy
+    turn: int                # 0 as it lies, 1 to 11 a copy, see `turned`
 
 
 SIDES = ("sides", "fine_sides")   # as a file of references names them
@@ -1191,8 +1192,9 @@ def encode(anomalies: Sequence = (), normals: Sequence = (), *, turns: bool | No
                if none is given. Else the label is "defect".
     normals    images of good parts; of more than 200 every second, third, ... is taken, for each
                keeps 4 MB.
-    turns      None: marked anomalies are encoded in their eight flips and quarter turns, good parts
-               in the four that keep their shape, if at most 40. True: all in eight. False: none.
+    turns      None: marked anomalies are encoded in twelve copies (turned by 45 degrees each,
+               mirrored and larger), good parts in the four flips and turns that keep their shape,
+               if at most 40. True: these in eight. False: all as they lie.
     value_range   as in `to_rgb`, of every image.
     Raises ValueError, TypeError or FileNotFoundError, with the argument's place in the message.
 
@@ -1211,7 +1213,8 @@ def encode(anomalies: Sequence = (), normals: Sequence = (), *, turns: bool | No
         check(len(entry) == 2 or isinstance(entry[2], str) and entry[2], f"anomalies[{i}]: expected"
               f" a non-empty string as label, got {entry[-1]!r}", TypeError)
     entries += [(f"normals[{i}]", normals[i], None, "") for i in some_of(len(normals))]
-    few = range(8) if turns else (0,) if turns is False or len(normals) > 40 else (0, 2, 4, 6)
+    bad = (0,) if turns is False else range(12)
+    good = range(8) if turns else (0,) if turns is False or len(normals) > 40 else (0, 2, 4, 6)
     for name, given, mask, label in entries:
         what = name if label == "" else f"{name} image"
         image, shape = read_rgb(given, what, value_range, PIXELS)
@@ -1221,13 +1224,38 @@ def encode(anomalies: Sequence = (), normals: Sequence = (), *, turns: bool | No
             marked = torch.zeros(image.shape[:2]) if mask is None else mask.float()
             if marked.shape != image.shape[:2]:   # the image was reduced
                 marked = F.adaptive_avg_pool2d(marked[None], image.shape[:2])[0]
-            for turn in range(8) if label and turns is None else few:   # from 4 on mirrored
-                pixels, side = (torch.rot90(x.flip(1) if turn > 3 else x, turn % 4).contiguous()
-                                for x in (image, marked))   # resized slowly if not contiguous
+            near = around(marked) if label else ...   # so that a defect is also seen larger
+            for turn in bad if label else good:
+                pixels, side = (turned(x[near] if 3 < turn < 8 else x, turn)
+                                for x in (image, marked))
                 seen = encode_pixels(pixels, pixels.shape[:2], model)
                 sides = torch.stack([side, 1 - side])
                 shots.append(make_shot(seen.features, sides, label, digest, turn))
     return References(shots, model.kind)
+
+
+def turned(x: Tensor, turn: int) -> Tensor:
+    """A copy of (H, W, ...): by quarter turns, from 4 on mirrored, from 8 on by 45 degrees more."""
+    if turn > 7:
+        return rotate(x, 90 * turn + 45)
+    # resized slowly if not contiguous
+    return torch.rot90(x.flip(1) if turn > 3 else x, turn % 4).contiguous()
+
+
+def around(marked: Tensor) -> tuple[slice, ...]:
+    """The piece of four fifths of each side in whose middle the marks of (H, W) are, or nearly."""
+    slices = []
+    for centre, n in zip(marked.nonzero().float().mean(dim=0).tolist(), marked.shape):
+        size = math.ceil(0.8 * n)
+        begin = min(max(0, round(centre + 0.5 - size / 2)), n - size)
+        slices.append(slice(begin, begin + size))
+    return tuple(slices)
+
+
+def rotate(x: Tensor, angle: float) -> Tensor:
+    """(H, W, ...) turned by degrees within its frame, beyond which it is mirrored."""
+    return torch.from_numpy(scipy.ndimage.rotate(x.numpy(), angle, reshape=False, order=1,
+                                                 mode="reflect"))
 
 
 def some_of(normals: int) -> range:
@@ -1288,7 +1316,7 @@ def thin(tokens: Tensor, sides: Tensor, turn: int, most: int) -> tuple[Tensor, T
 def pool_shots(model: ICAS, shots: Sequence[Shot]) -> Prompt:
     """All shots as one prompt, B = 1: tokens together, whatever their order (departure 7)."""
     views, usual, edges, blocks = [], [], [], len(model.config.blocks)
-    weight = detail_weight([shot.sides[0][0] for shot in shots if shot.label])
+    weight = detail_weight([shot.sides[0][0] for shot in shots if shot.label and not shot.turn])
     # the background of clicks, which have no image's hash and say nothing of size, is a guess
     clicks = any(shot.label and not shot.image for shot in shots)
     # twice the side below seven tokens or 53 % of each, four times below three or 35 %
@@ -1322,7 +1350,7 @@ def pool_shots(model: ICAS, shots: Sequence[Shot]) -> Prompt:
 
 
 def detail_weight(marks: Sequence[Tensor]) -> float:
-    """The detail's weight beside the blocks, of each view's mark as shares (H0, W0) of tokens: 1/2
+    """The detail's weight beside the blocks, of each image's mark as shares (H0, W0) of tokens: 1/2
     where it covers four on average, or fills 40 % of those it touches; next to nothing where it
     exceeds both. A token blurs small and thin defects, the small CNN takes texture for large."""
     if not marks:
@@ -1821,10 +1849,9 @@ def learn_good(ready: Prepared) -> GoodParts:
     known, scores = (None, None) if one else leave_one_out(ready, views, tokens)
     if one or few and any(shot.turn for shot in shots):
         for part, _, features in [view for view in views if view[1] == 0]:
-            pixels = rearrange(features.picture[0], "c h w -> h w c").cpu().numpy()
+            pixels = rearrange(features.picture[0], "c h w -> h w c").cpu()
             for angle in range(45, 360, 45):
-                turned = scipy.ndimage.rotate(pixels, angle, reshape=False, order=1, mode="reflect")
-                seen = encode_pixels(torch.from_numpy(turned), pixels.shape[:2], model)
+                seen = encode_pixels(rotate(pixels, angle), pixels.shape[:2], model)
                 views.append((part + one, angle, seen.features))
         more, nearer = leave_one_out(ready, views, tokens)
         if one or np.median(np.median(scores, axis=0) / np.median(nearer, axis=0)) > 1.15:
@@ -2487,8 +2514,9 @@ def parser():
         add("--anomaly", nargs="+", action="append", default=[], metavar="IMAGE", help="a defect's "
             "IMAGE, and its MASK, a box X0 Y0 X1 Y1, or a .json of LabelMe or COCO")
         add("--normal", nargs="+", action="extend", default=[], metavar="GOOD_IMAGE_OR_FOLDER")
-        add("--turns", action=argparse.BooleanOptionalAction, help="encode references in eight "
-            "flips and turns, or as they lie (default: marked ones in eight, good parts in four)")
+        add("--turns", action=argparse.BooleanOptionalAction, help="encode references with eight "
+            "copies of good parts, or all as they lie (default: twelve copies of marked ones, "
+            "four of good parts)")
         add("--prompts", metavar="FILE", help="references written by `icas prompts`")
         add("--model", metavar="FILE", help="checkpoint (default: the shipped one)")
         add("--encoder", metavar="FILE", help="a DINOv2 of any size (default: the checkpoint's)")
