@@ -988,7 +988,7 @@ def test_a_checkpoint_finds_its_encoder_by_hash_and_gives_the_same(tiny, rng, ch
     image, shot, good = picture(rng), (picture(rng), blob()), picture(rng)
     a, b = (icas.segment(image, anomalies=[shot], normals=[good], model=m).score
             for m in (tiny, model))
-    np.testing.assert_allclose(a, b, atol=0.02)  # the trained part is stored in fp16
+    np.testing.assert_allclose(a, b, atol=0.04)  # the trained part is stored in fp16
     again = checkpoint.with_name("again.safetensors")
     icas.save(model, again)
     model_again = icas.load(str(again), encoder=moved, device="cpu")
