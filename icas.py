@@ -13,10 +13,10 @@ never trained on: the paper of this title, in its order. "Ours" heads what it do
     F_r, F_t           maps                     (B, n D, H0, W0)  of n tapped encoder blocks
     Q_c^0, Q_c         content                  (B, K, C)
     Q_p, Q_ntp         prompt, other            (B, 1, C)         prompted label; what is not it
-    Q_fg, Q_bg         foreground, background   (C,)              learned
+    Q_fg, Q_bg         learned                  (2, C)
     P_t                pixels                   (B, P, 4 H0, 4 W0)
     script M_t         mask_logits              (B, K, 4 H0, 4 W0)
-    S_s, S_n, S^mfm    semantic, normal, semantic_mfm, normal_mfm
+    S_s, S_n, S^mfm    keys of mask_scores
 
 Departures from the paper's text, where it is open or where its printed form does worse:
  1. Features of any encoder blocks, of the shipped one block 9, not of the last (`Config.blocks`).
@@ -80,11 +80,25 @@ __all__ = ["Batch", "Config", "Detection", "EncodedImage", "Features", "ICAS", "
 ENCODERS = {"vits14": (384, 12, 6), "vitb14": (768, 12, 12), "vitl14": (1024, 24, 16),
             "vitg14": (1536, 40, 24)}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as DINOv2 was trained
+RELATIONS = 16    # maps that `relations` makes
+PIXELS = 1 << 22  # of a larger picture whole blocks of pixels are seen as one
+CAP = 1 << 16     # tokens that a level of a prompt keeps at most, besides the marked: ViT-S 0.1 GB
+BANK = 1 << 14    # tokens that all good parts together keep of a level, so that 40 take the time of
+#                   8; half of them of turned copies, where there are any
+MANY = 200        # good parts that are encoded at most; of more, evenly spread ones
+FEW = 4           # with so many good parts beside a marked one `segment` relies on them
+DAMAGES = 16      # damaged copies of good parts that weigh the levels of `detect`
+RATE = 0.08       # false positive rate of `detect` by default
+MASK_FROM = 0.8   # pixels count from this share of the limit on image scores, which bounds the
+#                   mean of a good part's three highest
+SURE = 1.0        # log-odds beyond which a first look at clicks is believed
+SIDES = "sides", "fine_sides"   # of a shot, as a file of references names them
 
 
 @dataclass(frozen=True)
 class Config:
-    """What decides shapes and results; saved with the weights. Defaults are the paper's."""
+    """What decides shapes and results; saved with the weights. Defaults are the paper's, but for
+    the departures."""
     encoder: str = "vits14"         # a key of ENCODERS, or that with "-reg"
     image_size: int = 518           # pixels: a square is (image_size / 14)^2 tokens (Sec. 4.2)
     patch_size: int = 14            # pixels, fixed by DINOv2
@@ -257,13 +271,13 @@ class Detail(nn.Module):
 
     def fuse(self) -> None:
         """Fold each norm into the convolution before it: the same maps in 0.7 of the time."""
-        names = ("expand", "norm0"), ("depthwise", "norm1"), ("project", "norm2")
-        pairs = [(self, "stem", "stem_norm"), *((block, *pair) for block in self.blocks
-                                                for pair in names if hasattr(block, pair[0]))]
-        for layers, conv, norm in pairs:
-            both = getattr(layers, conv), getattr(layers, norm)
-            setattr(layers, conv, nn.utils.fuse_conv_bn_eval(*both).requires_grad_(False))
-            setattr(layers, norm, nn.Identity())
+        for layers in (self, *self.blocks):
+            named = list(layers.named_children())
+            for (conv, weights), (norm, after) in zip(named, named[1:]):
+                if isinstance(after, nn.BatchNorm2d):
+                    fused = nn.utils.fuse_conv_bn_eval(weights, after).requires_grad_(False)
+                    setattr(layers, conv, fused)
+                    setattr(layers, norm, nn.Identity())
 
     def taps(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) RGB in [0, 1] -> the maps of TAPS, as the published package makes them."""
@@ -533,9 +547,6 @@ def fisher_direction(reference: Tensor, foreground: Tensor, background: Tensor) 
     return direction / (gap * direction).sum(dim=1, keepdim=True).clamp_min(1e-6)
 
 
-RELATIONS = 16   # maps that `relations` makes
-
-
 def relations(matches: Sequence[Matching], grids: Sequence[tuple[int, int]], prompt: Prompt,
               size: Sequence[int], blocks: int) -> Tensor:
     """(B, RELATIONS, *size) float32, of order one: what matching says (departure 8) on the average
@@ -670,7 +681,7 @@ class ICAS(nn.Module):
 
     @torch.no_grad()
     def look_closer(self, features: Features, scale: int = 2) -> Tensor:
-        """(B, 280, scale H1, scale W1) detail of the picture at scale (1, 2 or more) times the
+        """(B, 280, scale H1, scale W1) detail of the picture at scale (1, 2 or 4) times the
         side, kept in the features."""
         if scale == 1:
             return features.detail
@@ -852,18 +863,11 @@ def claimed(values: Tensor, weights: Tensor, masks: Tensor, plain_sum: bool = Fa
     return top if plain_sum else torch.where(whole > 1e-6, top / whole.clamp_min(1e-6), 0.0)
 
 
-class Scores(NamedTuple):
-    """The paper's scores of B targets, each (B, 4 H0, 4 W0) float32; higher is more anomalous."""
-    semantic: Tensor       # S_s in [0, 1]: the prompt's share of what the masks claim
-    semantic_mfm: Tensor   # S_s^mfm in [0, 1]: mask-level matching with the prompt's two sides
-    normal: Tensor         # S_n in [0, 1]: as S_s with Q_fg, for good parts
-    normal_mfm: Tensor     # S_n^mfm in [0, 2]: cosine distance of each mask to the nearest of Q_r
-
-
 def mask_scores(decoder: Decoder, decoded: Decoded, tokens: Tensor, prompt: Prompt,
-                reference_masks: Tensor | None = None) -> Scores:
-    """The four scores of section 3.4. tokens (B, T, D) are the target's of the last tapped block;
-    reference_masks (1, J, D) unit vectors Q_r: without them the pooled Q_ntp^0 stands in."""
+                reference_masks: Tensor | None = None) -> dict[str, Tensor]:
+    """The paper's scores of B targets by name, (B, 4 H0, 4 W0) float32, higher is more anomalous.
+    tokens (B, T, D) are the target's of the last tapped block; reference_masks (1, J, D) unit
+    vectors Q_r: without them the pooled Q_ntp^0 stands in."""
     last, plain = decoder.config.last, decoder.config.plain_sum
     probs = decoder.class_logits(decoded.content[-1], decoded.classes[-1]).softmax(dim=-1)
     # s, n: a mask counts by how little it is background (departure 13)
@@ -876,8 +880,11 @@ def mask_scores(decoder: Decoder, decoded: Decoded, tokens: Tensor, prompt: Prom
     normal = sides[:, 1:] if reference_masks is None else reference_masks
     distance = 1 - (pooled @ normal.mT).amax(dim=-1)
     likeness, distance = (likeness, distance) if plain else (likeness * s, distance * n)
-    pairs = (p_prompt, s), (likeness, s), (p_fg, n), (distance, n)
-    return Scores(*(claimed(*pair, masks, plain) for pair in pairs))
+    pairs = {"S_s": (p_prompt, s),      # in [0, 1]: the prompt's share of what the masks claim
+             "S_s mfm": (likeness, s),  # in [0, 1]: mask-level matching with the prompt's two sides
+             "S_n": (p_fg, n),          # in [0, 1]: as S_s with Q_fg, for good parts
+             "S_n mfm": (distance, n)}  # in [0, 2]: cosine distance of a mask to the nearest of Q_r
+    return {name: claimed(*pair, masks, plain) for name, pair in pairs.items()}
 
 
 def mask_features(decoder: Decoder, decoded: Decoded, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -959,8 +966,8 @@ def shrink(x: Tensor, block: int) -> Tensor:
 
 def to_array(image: Any, name: str, rgb: bool,
              most: int | None = None) -> tuple[Tensor, str, tuple[int, int] | None]:
-    """Path, PIL image, array or (C, H, W) tensor as (H, W, C) on the CPU; its name in errors; its
-    (h, w) where a file was read at a reduced size."""
+    """Path, PIL image, array or (C, H, W) tensor as (H, W, C) on the CPU; its name in errors; of
+    a file or PIL image its own (h, w), for it may be read at a reduced size."""
     shape = None
     if (path := isinstance(image, (str, os.PathLike))) or hasattr(image, "getbands"):   # PIL's
         picture, shape = open_image(image, name, most)
@@ -1085,9 +1092,6 @@ class EncodedImage(NamedTuple):
     kind: str                # `ICAS.kind` of the model that made it
 
 
-PIXELS = 1 << 22   # of a larger picture whole blocks of pixels are seen as one
-
-
 @torch.inference_mode()
 def encode_image(image: Any, name: str = "image", *, value_range: Sequence[float] | None = None,
                  model: ICAS | None = None) -> EncodedImage:
@@ -1131,16 +1135,14 @@ class Shot(NamedTuple):
     #                          the marked anomaly, of what is surely not it
     label: str               # "" of a good part
     image: str               # which image: a hash of its pixels
-    turn: int                # 0 as it lies, 1 to 11 a copy, see `turned`
-
-
-SIDES = ("sides", "fine_sides")   # as a file of references names them
+    turn: int                # 0 as it lies, 1 to 11 a copy: see `turned`, and `encode`
 
 
 @dataclass
 class References:
     """Prompts, encoded once: `encode` makes them, `a + b` joins, `save` and `load` keep them.
-    `labels` are the marked defects' names, sorted; the length is the number of images."""
+    `labels` are the marked defects' names, sorted; the length is the number of images, of which
+    one with two labels counts twice."""
     shots: list[Shot] = field(default_factory=list)
     kind: str = ""           # `ICAS.kind` of the model that made them
 
@@ -1192,9 +1194,9 @@ def encode(anomalies: Sequence = (), normals: Sequence = (), *, turns: bool | No
                if none is given. Else the label is "defect".
     normals    images of good parts; of more than 200 every second, third, ... is taken, for each
                keeps 4 MB.
-    turns      None: marked anomalies are encoded in twelve copies (turned by 45 degrees each,
-               mirrored and larger), good parts in the four flips and turns that keep their shape,
-               if at most 40. True: these in eight. False: all as they lie.
+    turns      None: marked anomalies are encoded in eight turns of 45 degrees and, mirrored and a
+               fourth larger, in four of 90; good parts in the four flips and turns that keep their
+               shape, if at most 40. True: these in eight. False: all as they lie.
     value_range   as in `to_rgb`, of every image.
     Raises ValueError, TypeError or FileNotFoundError, with the argument's place in the message.
 
@@ -1212,7 +1214,8 @@ def encode(anomalies: Sequence = (), normals: Sequence = (), *, turns: bool | No
         entries.append((f"anomalies[{i}]", *entry, None)[:4])
         check(len(entry) == 2 or isinstance(entry[2], str) and entry[2], f"anomalies[{i}]: expected"
               f" a non-empty string as label, got {entry[-1]!r}", TypeError)
-    entries += [(f"normals[{i}]", normals[i], None, "") for i in some_of(len(normals))]
+    numbered = [(f"normals[{i}]", image, None, "") for i, image in enumerate(normals)]
+    entries += numbered[::math.ceil(len(normals) / MANY) or 1]
     bad = (0,) if turns is False else range(12)
     good = range(8) if turns else (0,) if turns is False or len(normals) > 40 else (0, 2, 4, 6)
     for name, given, mask, label in entries:
@@ -1235,7 +1238,7 @@ def encode(anomalies: Sequence = (), normals: Sequence = (), *, turns: bool | No
 
 
 def turned(x: Tensor, turn: int) -> Tensor:
-    """A copy of (H, W, ...): by quarter turns, from 4 on mirrored, from 8 on by 45 degrees more."""
+    """(H, W, ...) turned by `turn` quarters; of 4 to 7 mirrored, of 8 to 11 by 45 degrees more."""
     if turn > 7:
         return rotate(x, 90 * turn + 45)
     # resized slowly if not contiguous
@@ -1243,7 +1246,7 @@ def turned(x: Tensor, turn: int) -> Tensor:
 
 
 def around(marked: Tensor) -> tuple[slice, ...]:
-    """The piece of four fifths of each side in whose middle the marks of (H, W) are, or nearly."""
+    """The piece of four fifths of each side that shows the marks of (H, W) nearest its middle."""
     slices = []
     for centre, n in zip(marked.nonzero().float().mean(dim=0).tolist(), marked.shape):
         size = math.ceil(0.8 * n)
@@ -1258,11 +1261,6 @@ def rotate(x: Tensor, angle: float) -> Tensor:
                                                  mode="reflect"))
 
 
-def some_of(normals: int) -> range:
-    """Which of so many good parts are encoded: evenly spread ones, 200 at most."""
-    return range(0, normals, math.ceil(normals / 200) or 1)
-
-
 def read_mask(mask: Any, image: Any, shape: tuple[int, int], name: str,
               label: str | None) -> dict[str, Tensor]:
     """Label -> (h, w) bool mask: of an image's mask, box or JSON file, as `encode` takes them."""
@@ -1272,10 +1270,7 @@ def read_mask(mask: Any, image: Any, shape: tuple[int, int], name: str,
     if isinstance(mask, (tuple, list)):
         check(np.shape(mask) == (4,), f"{name}: expected a mask, a path or a box (x0, y0, x1, y1), "
               f"got {brief(mask)}", TypeError)
-        try:
-            (x0, y0, x1, y1), = check_places([mask], "boxes", *shape)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{name}: {str(error).removeprefix('boxes: ')}") from error
+        (x0, y0, x1, y1), = check_places([mask], name, 4, *shape)
         mask = np.zeros(shape, bool)
         mask[int(y0):math.ceil(y1), int(x0):math.ceil(x1)] = True
     return {label or "defect": to_mask(mask, shape, name)}
@@ -1287,9 +1282,6 @@ def make_shot(features: Features, sides: Tensor, label: str, name: str = "", tur
     grids = features.maps.shape[-2:], (4 * h, 4 * w)
     half, sides = features.to(features.maps.device, torch.half), sides.to(features.maps.device)
     return Shot(half, [token_share(sides, *grid) for grid in grids], label, name, turn)
-
-
-CAP = 1 << 16  # tokens that a level of a prompt keeps at most, besides the marked: ViT-S 0.1 GB
 
 
 def kept_tokens(foreground: Tensor, turn: int) -> Tensor:
@@ -1380,17 +1372,16 @@ class Prepared:
 
     @functools.cached_property
     def reference_masks(self) -> Tensor | None:
-        """Q_r (1, J, D): features under the masks predicted in 100 good parts (Sec. 3.4)."""
-        model, normals, pooled = self.model, self.references.normals, []
-        if not normals:
-            return None
-        prompt, lying = pool_shots(model, normals), [s for s in normals if not s.turn]
-        for shot in lying[::math.ceil(len(lying) / 100)]:
+        """Q_r (1, J, D): features under the masks predicted in 100 good parts at most (Sec. 3.4);
+        None without any."""
+        model, pooled = self.model, []
+        lying = [shot for shot in self.references.normals if not shot.turn]
+        for shot in lying[::math.ceil(len(lying) / 100) or 1]:
             features = shot.features.to(model.device, torch.float32)
             levels = model.levels(features)
-            decoded = model.decode(features, levels, prompt)
+            decoded = model.decode(features, levels, self.prompt(""))
             pooled.append(mask_features(model.decoder, decoded, levels[model.config.last])[1])
-        return torch.cat(pooled, dim=1)
+        return torch.cat(pooled, dim=1) if pooled else None
 
     @functools.cached_property
     def images(self) -> list[str]:
@@ -1460,7 +1451,7 @@ def mark_sides(shape: tuple[int, int], points, point_labels, boxes, mask) -> Ten
     mark; what is far from it, outside three radii of the clicks and the boxes enlarged by 10 %; the
     negative clicks."""
     h, w = shape
-    points, boxes = check_places(points, "points", h, w), check_places(boxes, "boxes", h, w)
+    points, boxes = check_places(points, "points", 2, h, w), check_places(boxes, "boxes", 4, h, w)
     labels = np.array([1] * len(points) if point_labels is None else point_labels, dtype=object)
     check(labels.shape == (len(points),) and all(x in (0, 1) for x in labels),
           f"point_labels: expected one 1 (defect) or 0 (not) for each of "
@@ -1483,11 +1474,11 @@ def mark_sides(shape: tuple[int, int], points, point_labels, boxes, mask) -> Ten
     return torch.stack([foreground, far if far.any() else rest, other * rest])
 
 
-def check_places(value: Any, name: str, h: int, w: int) -> np.ndarray:
-    """(N, 2) points or (N, 4) boxes inside an (h, w) image; None is none."""
-    what, limits, columns = {
-        "points": ("(x, y)", f"x in [0, {w}) and y in [0, {h})", 2),
-        "boxes": ("(x0, y0, x1, y1)", f"0 <= x0 < x1 <= {w} and 0 <= y0 < y1 <= {h}", 4)}[name]
+def check_places(value: Any, name: str, columns: int, h: int, w: int) -> np.ndarray:
+    """(N, 2) points or (N, 4) boxes, by their columns, inside an (h, w) image; None is none."""
+    what, limits = {
+        2: ("(x, y)", f"x in [0, {w}) and y in [0, {h})"),
+        4: ("(x0, y0, x1, y1)", f"0 <= x0 < x1 <= {w} and 0 <= y0 < y1 <= {h}")}[columns]
     try:
         rows = np.zeros((0, columns)) if value is None else np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -1501,9 +1492,6 @@ def check_places(value: Any, name: str, h: int, w: int) -> np.ndarray:
         check(0 <= x0 < x1 <= w and 0 <= y0 < y1 <= h,
               f"{name}: expected {limits} pixels, got ({', '.join(f'{x:g}' for x in row)})")
     return rows
-
-
-SURE = 1.0  # log-odds beyond which a first look at clicks is believed
 
 
 def join_sure(sides: Tensor, odds: np.ndarray) -> Tensor:
@@ -1586,9 +1574,6 @@ def run_lengths(mask: np.ndarray) -> dict:
     return {"size": [int(n) for n in code["size"]], "counts": code["counts"].decode("ascii")}
 
 
-FEW = 4   # good parts from which on a marked prompt relies on them
-
-
 @torch.no_grad()
 def score_parts(model: ICAS, features: Features, prompt: Prompt,
                 reference_masks: Tensor | None = None) -> dict[str, Tensor]:
@@ -1607,10 +1592,10 @@ def score_parts(model: ICAS, features: Features, prompt: Prompt,
     odds = torch.stack(mixed[:len(config.blocks)]).mean(dim=0)
     decoded = model.decode(features, levels, prompt, matches)
     scores = mask_scores(model.decoder, decoded, levels[config.last], prompt, reference_masks)
-    parts |= {name: torch.logit(x[0], least) for name, x, least in zip(
-        ("S_s", "S_s mfm", "S_n", "S_n mfm"), scores, (0.007, 0.007, 1e-4, 1e-4))}
+    parts |= {name: torch.logit(x[0], 0.007 if name.startswith("S_s") else 1e-4)
+              for name, x in scores.items()}
     if config.plain_sum:
-        return parts | {"icas": torch.logit((scores.semantic + scores.semantic_mfm)[0], 1e-4)}
+        return parts | {"icas": torch.logit((scores["S_s"] + scores["S_s mfm"])[0], 1e-4)}
     if config.detail:
         odds = odds + prompt.weight * (mixed[-1] - odds)
     odds = odds + prompt.decoder * (parts["S_s"] + parts["S_s mfm"])
@@ -1760,10 +1745,6 @@ def check_threshold(threshold: float | None) -> float:
 
 # ---- 3.4 Inference: detect -----------------------------------------------------------------------
 
-MASK_FROM = 0.8   # of a limit on image scores, which bounds a good part's few highest values:
-#                   from there on pixels count
-
-
 @dataclass(frozen=True)
 class Detection(Marked):
     """What `detect` says of one image; `dataclasses.replace(it, threshold=t)` judges it anew. The
@@ -1825,11 +1806,6 @@ def novelty(ready: Prepared, tokens: Tensor, bank: Tensor, owner: Tensor, leave:
         best = torch.stack([best_cosine(tokens, bank, (owner == i)[None])[0]
                             for i in owner.unique().tolist() if i != leave])
     return 1 - best.topk(max(1, round(0.3 * len(best))), dim=0).values.mean(dim=0)
-
-
-BANK = 1 << 14   # tokens of a level that all good parts keep together: 40 cost what 8 do; half of
-#                  them of turned copies, which say less, where there are any
-DAMAGES = 16     # damaged copies of good parts that weigh the levels
 
 
 def learn_good(ready: Prepared) -> GoodParts:
@@ -1925,9 +1901,6 @@ def compare_good(ready: Prepared, features: Features) -> tuple[Tensor, dict[str,
         whole += F.interpolate(far, size=size, mode="bilinear")[0, 0] * weight
     score = float(ready.good.weights @ list(scores.values()))
     return whole * (score / top_mean(whole).clamp_min(1e-6)), scores   # 0 of a good part itself
-
-
-RATE = 0.08   # false positive rate of `detect` by default
 
 
 def good_spread(scores: Sequence[float]) -> tuple[float, float, int]:
@@ -2537,7 +2510,7 @@ def encode_files(args, model: ICAS) -> tuple[References, list[str]]:
     """References of the command line, and the files that they come from."""
     references = References.load(args.prompts) if args.prompts else References()
     normals, anomalies = list(list_images(args.normal).values()), []
-    normals = [normals[i] for i in some_of(len(normals))]   # as `encode` has it
+    normals = normals[::math.ceil(len(normals) / MANY) or 1]   # as `encode` has it
     for image, *marks in args.anomaly:
         with contextlib.suppress(ValueError):
             marks = [[float(x) for x in marks]] if len(marks) == 4 else marks

@@ -349,7 +349,7 @@ def cut_references(c, name):
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
         meta = dict(file.metadata())
-    assert [label for label, _, _ in json.loads(meta["shots"])] == ["defect"] * 8
+    assert [label for label, _, _ in json.loads(meta["shots"])] == ["defect"] * 12
     tensors.pop(name)
     save_file(tensors, path, metadata=meta)
     return path

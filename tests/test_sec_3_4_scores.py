@@ -82,9 +82,9 @@ def test_every_score_equals_its_equation(case, rng, with_normals):
     normals = torch.from_numpy(unit(rng.normal(size=(1, 9, 48)))).float() if with_normals else None
     got = icas.mask_scores(model.decoder, decoded, tokens, prompt, normals)
     expected = by_hand(model, decoded, tokens, prompt, normals)
-    for one, other in zip((got.semantic, got.semantic_mfm, got.normal, got.normal_mfm), expected):
+    for one, other in zip(got.values(), expected[:4], strict=True):
         np.testing.assert_allclose(one[0].numpy(), other, rtol=2e-4, atol=1e-6)
-    assert 0 <= got.semantic.min() and got.semantic.max() <= 1
+    assert 0 <= got["S_s"].min() and got["S_s"].max() <= 1
 
 
 def test_with_plain_sum_the_scores_are_the_printed_sums(case, monkeypatch):
@@ -92,7 +92,7 @@ def test_with_plain_sum_the_scores_are_the_printed_sums(case, monkeypatch):
     printed = dataclasses.replace(model.config, plain_sum=True)
     monkeypatch.setattr(model.decoder, "config", printed)
     got = icas.mask_scores(model.decoder, decoded, tokens, prompt)
-    for one, other in zip((got.semantic, got.semantic_mfm), by_hand(*case)[-1]):
+    for one, other in zip(got.values(), by_hand(*case)[-1]):
         np.testing.assert_allclose(one[0].numpy(), other, rtol=2e-4, atol=1e-6)
 
 

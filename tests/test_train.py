@@ -273,7 +273,7 @@ def test_validation_measures_what_segment_gives_on_other_items(home):
     found, expected = train.validate(held), []
     for store, episode in held:
         ready, both, either = store.shown(episode), 0, 0
-        assert len(ready.references) == 1 and len(ready.references.shots) == 8
+        assert len(ready.references) == 1 and len(ready.references.shots) == 12
         for name in episode["tests"]:
             mask, truth = icas.segment(store.image(name), ready).mask, store.truth(name, "spot")
             both, either = both + (mask & truth).sum(), either + (mask | truth).sum()
