@@ -1215,7 +1215,7 @@ def encode(anomalies: Sequence = (), normals: Sequence = (), *, turns: bool | No
         check(len(entry) == 2 or isinstance(entry[2], str) and entry[2], f"anomalies[{i}]: expected"
               f" a non-empty string as label, got {entry[-1]!r}", TypeError)
     numbered = [(f"normals[{i}]", image, None, "") for i, image in enumerate(normals)]
-    entries += numbered[::math.ceil(len(normals) / MANY) or 1]
+    entries += evenly(numbered, MANY)
     bad = (0,) if turns is False else range(12)
     good = range(8) if turns else (0,) if turns is False or len(normals) > 40 else (0, 2, 4, 6)
     for name, given, mask, label in entries:
@@ -1235,6 +1235,11 @@ def encode(anomalies: Sequence = (), normals: Sequence = (), *, turns: bool | No
                 sides = torch.stack([side, 1 - side])
                 shots.append(make_shot(seen.features, sides, label, digest, turn))
     return References(shots, model.kind)
+
+
+def evenly(items: Any, most: int) -> Any:
+    """Every item of a list or tensor, or every second, third, ..., so that there are `most`."""
+    return items[::max(1, math.ceil(len(items) / most))]
 
 
 def turned(x: Tensor, turn: int) -> Tensor:
@@ -1298,7 +1303,7 @@ def thin(tokens: Tensor, sides: Tensor, turn: int, most: int) -> tuple[Tensor, T
     keep, marked = kept_tokens(sides[0], turn), sides[0] > 0
     rest = (keep & ~marked).nonzero()[:, 0]
     if len(rest) > most:
-        rest = rest[::math.ceil(len(rest) / 4096)]   # bounds the selection's memory
+        rest = evenly(rest, 4096)   # bounds the selection's memory
     if len(rest) > most:
         rest = rest[greedy_queries(tokens[:, rest], most)[0]]
     keep = marked.index_fill(0, rest, True)
@@ -1376,7 +1381,7 @@ class Prepared:
         None without any."""
         model, pooled = self.model, []
         lying = [shot for shot in self.references.normals if not shot.turn]
-        for shot in lying[::math.ceil(len(lying) / 100) or 1]:
+        for shot in evenly(lying, 100):
             features = shot.features.to(model.device, torch.float32)
             levels = model.levels(features)
             decoded = model.decode(features, levels, self.prompt(""))
@@ -1853,7 +1858,7 @@ def leave_one_out(ready: Prepared, views: Sequence[tuple[int, int, Features]],
     lying = [features for _, turn, features in views if turn == 0]
     turned = len(views) - len(lying)
     most = BANK // (2 if turned else 1) // len(lying), BANK // 2 // max(1, turned)
-    lying, bank, owner, own = lying[::math.ceil(len(lying) / 40)], [], [], []
+    lying, bank, owner, own = evenly(lying, 40), [], [], []
     for part, turn, features in views:
         levels = tokens(features)
         kept = [thin(t, t.new_zeros(2, t.shape[1]), turn, max(16, most[turn > 0]))[0]
@@ -2510,7 +2515,7 @@ def encode_files(args, model: ICAS) -> tuple[References, list[str]]:
     """References of the command line, and the files that they come from."""
     references = References.load(args.prompts) if args.prompts else References()
     normals, anomalies = list(list_images(args.normal).values()), []
-    normals = normals[::math.ceil(len(normals) / MANY) or 1]   # as `encode` has it
+    normals = evenly(normals, MANY)   # as `encode` has it
     for image, *marks in args.anomaly:
         with contextlib.suppress(ValueError):
             marks = [[float(x) for x in marks]] if len(marks) == 4 else marks
