@@ -10,16 +10,14 @@
 
 --data takes manifests or folders that hold one, folders in the MVTec AD layout, flat good/ bad/
 mask/ folders, "elpv". Episodes are checked for leaks before any is scored. OUT/results.json keeps
-figures, in percent, episodes, arguments and versions; finished sets are kept in OUT/parts.
+figures, in percent, episodes, arguments and versions; OUT/parts what is finished, to go on.
 """
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import hashlib
 import json
-import os
 import sys
 import time
 import timeit
@@ -29,18 +27,16 @@ from typing import Callable, Iterable, Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from scipy import ndimage
-from scipy.integrate import trapezoid
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
-from torch import Tensor
+from sklearn.metrics import (auc, average_precision_score, precision_recall_curve,
+                             roc_auc_score)
 
 import icas
-from data_prep.episodes import Store, check, development_sources, plan, read_sources, segments
-from data_prep.views import rank, world
+from data_prep.episodes import (KEPT, Store, check, development_sources, plan, read_sources,
+                                segments)
+from data_prep.peers import PEERS, peer_scores
+from data_prep.views import rank, ranks, world
 
-PEERS = ("nearest patch", "prototype", "nearest patch, plain", "prototype, plain",   # segmentation
-         "AnomalyDINO recipe", "SubspaceAD recipe")                                  # detection
 RATES = (0.01, 0.05, icas.RATE, 0.2)   # false positive rates asked of `detect`, with its own
 
 
@@ -49,63 +45,6 @@ def find(store: Store, name: str, episode: dict, ready: icas.Prepared | None):
     image, clicks = store.image(name), store.clicks(name, episode)
     return (icas.segment(image, ready, **clicks, parts=True, model=store.model)
             if segments(episode) else icas.detect(image, ready, parts=True))
-
-
-def segmentation_peers(store: Store, episode: dict, name: str) -> dict[str, Tensor]:
-    """(T,) scores of an image's tokens, 0 is even, by matching the prompts as they lie; "plain" is
-    without debiasing. Good parts join the background; of them alone there is no peer."""
-    model, target, clicks = store.model, store.image(name), store.clicks(name, episode)
-    if clicks:
-        inside, far, other = icas.mark_sides(target.shape, *clicks.values(), None, None)
-        pairs = [(target, torch.stack([inside, other if other.any() else far]))]
-    elif episode["prompts"]:
-        shown = [*episode["prompts"], *episode["normals"]]
-        masks = [torch.from_numpy(store.truth(n, episode["label"])).float() for n in shown]
-        pairs = [(store.image(n), torch.stack([m, 1 - m])) for n, m in zip(shown, masks)]
-    else:
-        return {}
-    shares = [icas.token_share(sides.to(model.device), *image.features.maps.shape[-2:]).flatten(1)
-              for image, sides in pairs]
-    inside, outside = torch.cat(shares, dim=1)[:, None]
-    marked, clean, scores = icas.surely(inside, 0.5), icas.surely(outside, 0.999), {}
-
-    def tokens(image: icas.EncodedImage, plain: bool) -> Tensor:
-        x = image.features.maps.float()
-        block = x.chunk(len(model.config.blocks), dim=1)[-1]
-        return icas.unit_tokens(block) if plain else model.tokens(x)[-1]
-    for plain in (False, True):
-        x, known = tokens(target, plain), torch.cat([tokens(i, plain) for i, _ in pairs], dim=1)
-        near = icas.best_cosine(x, known, marked) - icas.best_cosine(x, known, clean)
-        means = icas.mask_pool(known, torch.stack([inside, clean.float()], dim=1))[0]
-        inner, outer = F.normalize(means, dim=-1)
-        for kind, odds in (("nearest patch", near), ("prototype", x @ (inner - outer))):
-            scores[kind + ", plain" * plain] = odds
-    return scores
-
-
-def detection_peers(store: Store, normals: Sequence[str]) -> Callable[[str], dict[str, Tensor]]:
-    """Image -> (T,) novelty of its tokens. AnomalyDINO: to the nearest neighbour in the last block
-    in eight turns of the good parts; SubspaceAD: outside the subspace that holds 99 % of the
-    variance of the tapped blocks' mean."""
-    def tokens(image: icas.EncodedImage) -> tuple[Tensor, Tensor]:
-        split = image.features.maps.float().chunk(len(store.model.config.blocks), dim=1)
-        blocks = torch.cat(split).flatten(2).mT   # blocks, tokens, D
-        return F.normalize(blocks[-1], dim=-1), blocks.mean(dim=0)
-    turns = [ndimage.rotate(store.pixels(n), angle, reshape=False, order=1, mode="reflect")
-             for n in normals for angle in range(0, 360, 45)]
-    known = [tokens(icas.encode_image(turn, model=store.model)) for turn in turns]
-    last, mixed = map(torch.cat, zip(*known))
-    mean = mixed.mean(dim=0)
-    values, vectors = torch.linalg.eigh((mixed - mean).T @ (mixed - mean))
-    basis = vectors[:, values.cumsum(0) > 0.01 * values.sum()]
-
-    def novelty(name: str) -> dict[str, Tensor]:
-        own, x = tokens(store.image(name))
-        with store.model.autocast():
-            near = (own @ last.T).amax(dim=1).float()
-        rest = x - mean - ((x - mean) @ basis) @ basis.T
-        return {"AnomalyDINO recipe": 1 - near, "SubspaceAD recipe": rest.norm(dim=-1)}
-    return novelty
 
 
 # ---- Metrics -------------------------------------------------------------------------------------
@@ -124,49 +63,61 @@ def pixel_bins(values: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return np.stack([every - marked, marked, shares])
 
 
-def score(store: Store, episode: dict, peers: bool) -> dict[str, dict]:
-    """Method -> {"images": {name: [intersection, union, pixels], of a detection the score}, "bins":
-    sum of `pixel_bins`, without a segmentation's good images and bad ones without a mask}."""
-    ready, masks, found = store.shown(episode), segments(episode), {}
-    apart, peers = episode.get("good", []), peers and episode.get("peers", True)
-    peers = peers and (masks or bool(episode["normals"]))
-    if peers:
-        find_peers = (functools.partial(segmentation_peers, store, episode) if masks else
-                      detection_peers(store, episode["normals"]))
-    for name in sorted({*episode["tests"], *apart} & set(list(store.records)[rank()::world()])):
-        image, result = store.image(name), find(store, name, episode, ready)
-        truth = store.truth(name, episode["label"] if masks else None)
-        tokens, grid = find_peers(name) if peers else {}, image.features.maps.shape[-2:]
-        maps = {method: icas.to_shape(x.view(1, *grid).cpu().numpy(), image.shape)[0]
-                for method, x in tokens.items()}
-        if masks:
-            maps = result.parts | maps
-            hard = {method: x > 0 for method, x in maps.items()} | {"icas": result.mask}
-            entries = {method: [int((x & truth).sum()), int((x | truth).sum()), truth.size]
-                       for method, x in hard.items()}
-        else:
-            if peers:
-                maps["AnomalyDINO recipe"] = ndimage.gaussian_filter(maps["AnomalyDINO recipe"], 4)
-            maps["icas"] = result.map
-            entries = {"icas": result.score} | result.parts | {
-                method: float(x.topk(max(1, round(len(x) * 0.01))).values.mean())   # AnomalyDINO's
-                for method, x in tokens.items()}
-        record = store.records[name]
-        counted = name not in apart and record["bad"] == bool(record["shows"])
-        for method, entry in entries.items():
-            f = found.setdefault(method, {"images": {}, "bins": np.zeros((3, 1 << 16))})
-            f["images"][name] = entry
-            if counted and method in maps:
-                f["bins"] += pixel_bins(maps[method], truth)
-    parts, whole = [found] * world(), {}
+def score(store: Store, episodes: Sequence[dict], peers: bool) -> list[dict[str, dict]]:
+    """Of each episode method -> {"images": {name: [intersection, union, pixels], of a detection the
+    score}, "bins": sum of `pixel_bins`, without a segmentation's good images and bad ones without
+    a mask}. Each image is encoded once for all of them."""
+    own, found = set(list(store.records)[rank()::world()]), [{} for _ in episodes]
+    shown = [(set(e["tests"] + e.get("good", [])), e, store.shown(e),
+              peer_scores(store, e) if peers and e.get("peers", True) else None) for e in episodes]
+    every = sorted(own & set().union(*(names for names, *_ in shown)))
+    for name in every if segments(episodes[0]) else icas.progress(every, "images"):
+        for methods, (names, *how) in zip(found, shown):
+            if name in names:
+                add_image(methods, store, name, *how)
+        if len(every) > KEPT:   # no other loop over them would find one again
+            store.image.cache_clear()
+    parts, whole = [found] * world(), [{} for _ in episodes]
     if world() > 1:
         dist.all_gather_object(parts, found)
-    for method, f in (item for part in parts for item in part.items()):
-        known = whole.setdefault(method, {"images": {}, "bins": 0})
-        known |= {"images": known["images"] | f["images"], "bins": known["bins"] + f["bins"]}
-    if not masks:
-        whole["icas"]["cuts"] = {rate: icas.upper_limit(ready.good.scores, rate) for rate in RATES}
+    for methods, part in (pair for part in parts for pair in zip(whole, part)):
+        for method, f in part.items():
+            known = methods.setdefault(method, {"images": {}, "bins": 0})
+            known |= {"images": known["images"] | f["images"], "bins": known["bins"] + f["bins"]}
+    for methods, (_, e, ready, _) in zip(whole, shown):
+        if not segments(e):
+            methods["icas"]["cuts"] = {r: icas.upper_limit(ready.good.scores, r) for r in RATES}
     return whole
+
+
+def add_image(found: dict[str, dict], store: Store, name: str, episode: dict,
+              ready: icas.Prepared | None, find_peers: Callable | None) -> None:
+    """Add what icas, its parts and the peers say of an image to what `score` returns."""
+    masks, apart = segments(episode), episode.get("good", [])
+    image, result = store.image(name), find(store, name, episode, ready)
+    truth = store.truth(name, episode["label"] if masks else None)
+    tokens, grid = find_peers(name) if find_peers else {}, image.features.maps.shape[-2:]
+    maps = {method: icas.to_shape(x.view(1, *grid).cpu().numpy(), image.shape)[0]
+            for method, x in tokens.items()}
+    if masks:
+        maps = result.parts | maps
+        hard = {method: x > 0 for method, x in maps.items()} | {"icas": result.mask}
+        entries = {method: [int((x & truth).sum()), int((x | truth).sum()), truth.size]
+                   for method, x in hard.items()}
+    else:
+        if tokens:
+            maps["AnomalyDINO recipe"] = ndimage.gaussian_filter(maps["AnomalyDINO recipe"], 4)
+        maps["icas"] = result.map
+        entries = {"icas": result.score} | result.parts | {
+            method: float(x.topk(max(1, round(len(x) * 0.01))).values.mean())   # AnomalyDINO's
+            for method, x in tokens.items()}
+    record = store.records[name]
+    counted = name not in apart and record["bad"] == bool(record["shows"])
+    for method, entry in entries.items():
+        f = found.setdefault(method, {"images": {}, "bins": np.zeros((3, 1 << 16))})
+        f["images"][name] = entry
+        if counted and method in maps:
+            f["bins"] += pixel_bins(maps[method], truth)
 
 
 def pixel_metrics(bins: np.ndarray) -> dict[str, float]:
@@ -177,9 +128,9 @@ def pixel_metrics(bins: np.ndarray) -> dict[str, float]:
     precision, recall = marked[1:] / np.maximum(marked + clean, 1)[1:], marked / marked[-1]
     rate, covered, limit = clean / clean[-1], shares / shares[-1], 0.3
     low = rate <= limit
-    pro = trapezoid(np.r_[covered[low], np.interp(limit, rate, covered)], np.r_[rate[low], limit])
-    return {"ap": 100 * float(precision @ np.diff(recall)),
-            "pixel_auroc": 100 * float(trapezoid(recall, rate)), "pro": 100 * float(pro) / limit}
+    pro = auc(np.r_[rate[low], limit], np.r_[covered[low], np.interp(limit, rate, covered)])
+    return {"ap": 100 * float(precision @ np.diff(recall)), "pixel_auroc": 100 * auc(rate, recall),
+            "pro": 100 * pro / limit}
 
 
 def metrics(found: dict, episode: dict, records: dict[str, dict]) -> dict[str, dict]:
@@ -205,9 +156,9 @@ def metrics(found: dict, episode: dict, records: dict[str, dict]) -> dict[str, d
                     "aupr": 100 * float(average_precision_score(truth, entries)),
                     "f1_max": 100 * float(f1.max())}
             for rate, cut in f.get("cuts", {}).items():
-                above = entries > cut
-                row[f"false positives at {rate:g}"] = 100 * float(above[~truth].mean())
-                row[f"found at {rate:g}"] = 100 * float(above[truth].mean())
+                above = 100 * (entries > cut)
+                row |= {f"false positives at {rate:g}": float(above[~truth].mean()),
+                        f"found at {rate:g}": float(above[truth].mean())}
     return result
 
 
@@ -237,17 +188,19 @@ def summarise(scored: Sequence[tuple[dict, dict]]) -> dict[str, dict]:
     return rows
 
 
-def measure(store: Store, episodes: Sequence[dict], peers: bool, part: Path) -> dict[str, dict]:
-    """Rows of one category; those of segmentation and of detection are joined. The metrics of each
-    finished episode are kept beside `part`, for a run that goes on."""
-    log, rows = part.with_suffix(".jsonl"), {}
-    done = icas.read_lines(log)
-    for e in icas.progress(episodes[len(done):], part.stem):
-        done.append(metrics(score(store, e, peers), e, store.records))
+def measure(store: Store, episodes: Sequence[dict], peers: bool, log: Path) -> dict[str, dict]:
+    """Rows of one category; those of segmentation and of detection are joined. `log` keeps the
+    metrics of what is finished, for a run that goes on: of segmentation each episode, of detection
+    all together."""
+    marked, rest = ([e for e in episodes if segments(e) == kind] for kind in (True, False))
+    groups, done, rows = [[e] for e in marked] + [rest] * bool(rest), icas.read_lines(log), {}
+    for group in icas.progress(groups[len(done):], log.stem):
+        found = score(store, group, peers)
+        done += [metrics(f, e, store.records) for f, e in zip(found, group)]
         if rank() == 0:
             icas.write_lines(log, done)
-    for kind in sorted({segments(e) for e in episodes}, reverse=True):
-        some = [(e, found) for e, found in zip(episodes, done) if segments(e) == kind]
+    scored = list(zip(marked + rest, done))
+    for some in filter(None, (scored[:len(marked)], scored[len(marked):])):
         for method, row in summarise(some).items():
             rows[method] = rows.get(method, {}) | row
     return rows
@@ -301,11 +254,11 @@ def table(rows: dict[str, dict]) -> str:
     lines = {}
     for method, row in rows.items():
         for key, part in ({"": row} if "mean_iou" in row else row).items():
-            cells = {k: v for k, v in part.items() if type(v) is float}
-            cells |= {f"{k} {n}": v for k in ("image_auroc", "iou", "shots", "clicks")
-                      for n, v in (part[k].items() if isinstance(part.get(k), dict) else ())}
-            cells |= {f"ap {n}": figures["ap"] for n, figures in part.get("sets", {}).items()}
-            lines[f"{method} {key}"] = {k: f"{v:.1f}" for k, v in cells.items() if v is not None}
+            cells = {f"{k} {n}".strip(): v for k, x in part.items()
+                     for n, v in (x.items() if isinstance(x, dict) else [("", x)])}
+            cells |= {f"ap {n}": own["ap"] for n, own in part.get("sets", {}).items()}
+            lines[f"{method} {key}"] = {k: f"{v:.1f}" for k, v in cells.items()
+                                        if isinstance(v, float)}
     head = dict.fromkeys(k for cells in lines.values() for k in cells)
     lines = {"": {h: h for h in head}} | lines
     wide = {h: max(5, len(h)) for h in head}
@@ -332,8 +285,7 @@ def parser() -> argparse.ArgumentParser:
     add("--figures", metavar="DIR", help="write pictures and DIR/index.html")
     add("--data", nargs="+", default=[], help="manifests, folders, elpv (development has its own)")
     add("--seeds", type=int, default=5, help="draws of prompts (default 5)")
-    add("--shots", type=int, nargs="+", help="marked prompts (default 1) or good parts (1 2 4 8; "
-        "0: none is known)")
+    add("--shots", type=int, nargs="+", help="marked prompts (1) or good parts (1 2 4 8; 0: none)")
     add("--clicks", type=int, nargs="+", default=[1, 3, 5], help="positive, and as many negative")
     add("--prompt", choices=["anomaly", "normal", "both"], default="anomaly", help="of semantic")
     add("--normals", type=int, help="good parts beside the anomaly (semantic 1, openset 8)")
@@ -355,10 +307,8 @@ def start(args: argparse.Namespace) -> icas.ICAS:
         model = icas.ICAS(icas.Config(encoder=args.encoder)).to(icas.check_device(args.device))
         return model.eval().requires_grad_(False)
     model = icas.load(args.model, encoder=args.encoder, device=args.device)
-    given = dict(x.split("=", 1) for x in args.config)
-    changes = {name: json.loads(value) for name, value in given.items()}
-    model.config = dataclasses.replace(model.config, **changes)
-    model.decoder.config = model.config
+    changes = {name: json.loads(value) for name, value in (x.split("=", 1) for x in args.config)}
+    model.config = model.decoder.config = dataclasses.replace(model.config, **changes)
     return model
 
 
@@ -378,23 +328,17 @@ def run(args: argparse.Namespace) -> None:
     for name, records in sources.items():
         check(plans.get(name, []), records)
     files = [icas.__file__, __file__, args.model or icas.find_shipped(icas.CHECKPOINT)]
-    free = ("out", "replay", "device", "data", "seeds")   # they decide no figure of an episode
+    free = ("out", "replay", "device", "data", "seeds", "figures")   # they change no metric
     fixed = [{k: v for k, v in vars(args).items() if k not in free}, model.kind,
              list(map(icas.sha256, files))]
     for name, records in sources.items():
         digest = hashlib.sha256(json.dumps([plans[name], fixed]).encode()).hexdigest()[:16]
-        part = out / "parts" / f"{args.task}-{name.replace('/', '_')}-{digest}.json"
-        if not part.is_file():
-            store = Store(model, records, args.turns)
-            rows = measure(store, plans[name], args.peers, part)
-            if rank() == 0:
-                drawn = [e for e in plans[name] if args.figures and e["seed"] == 0]
-                for i, e in enumerate(drawn):
-                    picture(Path(args.figures) / f"{part.stem} {i}.png", store, e)
-                icas.write_text(part, json.dumps(rows))
-                part.with_suffix(".jsonl").unlink(missing_ok=True)
-        if rank() == 0:
-            sets[name] = json.loads(part.read_text())
+        log = out / "parts" / f"{args.task}-{name.replace('/', '_')}-{digest}.jsonl"
+        store = Store(model, records, args.turns)
+        sets[name] = measure(store, plans[name], args.peers, log)
+        drawn = [e for e in plans[name] if args.figures and rank() == 0 and e["seed"] == 0]
+        for i, e in enumerate(drawn):
+            picture(Path(args.figures) / f"{log.stem} {i}.png", store, e)
     if rank() > 0:
         return
     methods = dict.fromkeys(method for own in sets.values() for method in own)
@@ -435,18 +379,13 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments.parse_args(argv)
     if not args.replay and args.task != "development" and (args.task == "speed") == bool(args.data):
         arguments.error("--data: speed takes none, every other task at least one")
-    started = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
-    if started:
-        dist.init_process_group("gloo")
     try:
-        run(args)
+        with ranks(args.device):
+            run(args)
         return 0
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2
-    finally:
-        if started:
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

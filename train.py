@@ -14,166 +14,32 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import math
 import os
 import sys
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Iterable, Iterator, Sequence
+from typing import Iterator, Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch import Tensor
 
 import evaluate
 import icas
-from data_prep.episodes import Store, plan, points_in, read_sources
+from data_prep.episodes import Store, plan, read_sources
 from data_prep.manifest import check_sizes, choose
-from data_prep.views import FreshSynthetic, FreshViews, Rng, View, encode, rank, world
-
-
-# ---- Pairs of a reference and a target (Sec. 3.3) ------------------------------------------------
-
-
-class Pairs:
-    """Batches of (reference, target). Pair j of step i is a function of (seed, i, j) alone,
-    whichever rank or micro-batch draws it."""
-
-    def __init__(self, sources: list[FreshViews], weights: list[float], model: icas.ICAS,
-                 args: argparse.Namespace):
-        self.sources, self.model, self.args = sources, model, args
-        self.weights = np.array(weights) / sum(weights)
-        self.pool, self.ahead, self.waited = ThreadPoolExecutor(max(1, args.workers)), {}, 0.0
-
-    def __call__(self, step: int) -> list[icas.Batch]:
-        """This rank's share of a step, in micro-batches; the next step is drawn meanwhile."""
-        args = self.args
-        for coming in (step, step + 1):
-            if coming not in self.ahead:   # one number of shots a step: pairs are stacked
-                shots = 1 + int(np.random.default_rng([args.seed, coming]).integers(args.shots))
-                rngs = [np.random.default_rng([args.seed, coming, j])
-                        for j in range(rank(), args.batch_size, world())]
-                self.ahead[coming] = [self.pool.submit(self.draw, rng, shots) for rng in rngs]
-        began = time.perf_counter()
-        pairs = [future.result() for future in self.ahead.pop(step)]
-        self.waited += time.perf_counter() - began
-        size = -(-len(pairs) // args.accumulate)
-        return [collate(pairs[i:i + size], self.model) for i in range(0, len(pairs), size)]
-
-    def draw(self, rng: Rng, shots: int = 1) -> dict:
-        """A target, and as its prompt a marked label, a good part, or clicks on the target."""
-        source = self.sources[int(rng.choice(len(self.sources), p=self.weights))]
-        number = np.searchsorted(source.often[:-1], rng.random() * source.often[-1], side="right")
-        label, entries = list(source.by_label.items())[number]
-        target, mode = entries[rng.integers(len(entries))], rng.random()
-        good = source.good.get(source.index[target].get("category", ""), [])
-        good = source.another(good, target, rng) if self.args.stage == "anomaly" else None
-        alike, other = source.views_of(target, label), source.another(entries, target, rng)
-        same = alike and (other is None or rng.random() < self.args.same_image)
-        reference = int(rng.choice(alike)) if same else other
-        if good is not None and rng.random() < self.args.good_targets:   # nothing to be found
-            target, reference, mode = good, target, 1.0
-        seen = source.view(target, rng, label * (label in source.shown[target]))
-        wanted = {seen.names[label]} if label in seen.names else set()
-        if self.args.stage == "anomaly" and mode < 0.15:   # a good part; all defects are wanted
-            shown = reference if good is None else good    # or what is unmarked of a bad one
-            view = seen if shown is None else source.view(shown, rng)
-            prompt = [(view, torch.zeros(view.labels.shape), (view.labels == 0).float())]
-            wanted = set(seen.names.values())
-        elif wanted and (mode < 0.35 or reference is None):   # clicks on the target itself
-            inside = (seen.labels == seen.names[label]).numpy()
-            disks = (icas.disks(points_in(side, int(rng.integers(1, 6)), rng), *side.shape)
-                     for side in (inside, ~inside))   # as `icas.segment` draws clicks
-            prompt = [(seen, *disks)]
-        else:
-            views = [seen]
-            if reference is not None:
-                chosen = self.prompt(source, reference, label, shots, target, rng)
-                views = [source.view(i, rng, label) for i in chosen]
-            marks = [(v.labels.int() == v.names.get(label, -1)).float() for v in views]
-            prompt = [(v, m, 1 - m) for v, m in zip(views, marks)]
-        return sides(prompt, shots, self.model.config) | {
-            "target": seen, "truths": segments(seen, wanted, self.model.config),
-            "jitter": torch.from_numpy(jitter(rng, self.args.jitter))}
-
-    def prompt(self, source: FreshViews, reference: int, label: str, shots: int, target: int,
-               rng: Rng) -> list[int]:
-        """The reference and up to `shots` - 1 more views of its image, or of others without any."""
-        more = [i for i in source.views_of(reference, label) if i != target]
-        more = more or source.others(source.by_label[label], target, reference)
-        return [reference, *(int(i) for i in rng.permutation(more)[:shots - 1])]
-
-
-def jitter(rng: Rng, spread: float) -> np.ndarray:
-    """(2, RELATIONS) float32: a gain and a shift of each relation map, so that no encoder's scale
-    is learned."""
-    gain, shift = rng.normal(0, spread, (2, icas.RELATIONS))
-    return np.stack([np.exp(gain), shift]).astype(np.float32)
-
-
-def sides(shown: Sequence[tuple[View, Tensor, Tensor]], shots: int, config: icas.Config) -> dict:
-    """What a pair says of its prompt: views, and the shares of the two sides on either grid.
-
-    shown  (view, foreground, background) with (S, S) masks. Of all but the first the background is
-           thinned, as of turned copies. Fewer than `shots`: the last again, with shares of 0.
-    """
-    side, shares = shown[0][1].shape[-1], ([], [])
-    for turn, (_, *both) in enumerate(shown):
-        for n, kept in zip((side // config.patch_size, side // 8), shares):
-            share = icas.token_share(torch.stack(both), n, n)
-            if not both[0].any():
-                share[1] = (share[1] > 0.999).float()
-            kept.append(share * icas.kept_tokens(share[0], turn).view(n, n))
-    empty = shots - len(shown)
-    return {"reference": [view for view, _, _ in shown] + [shown[-1][0]] * empty,
-            "sides": [torch.stack(kept + [torch.zeros_like(kept[0])] * empty) for kept in shares]}
-
-
-def segments(seen: View, wanted: set[int], config: icas.Config) -> icas.Truths:
-    """Truths of one target: the prompted label, up to 12 other labels, the unlabelled rest."""
-    present = set(seen.labels.unique().tolist())
-    groups = [sorted(wanted & present)] if wanted & present else []
-    groups, prompted = groups + [[v] for v in sorted(present - wanted)][:12], len(groups)
-    masks = torch.stack([torch.isin(seen.labels, torch.tensor(g)) for g in groups]).float()
-    masks = F.adaptive_avg_pool2d(masks, 4 * (masks.shape[-1] // config.patch_size))
-    return icas.Truths(masks, torch.tensor([0] * prompted + [1] * (len(groups) - prompted)))
-
-
-def collate(pairs: list[dict], model: icas.ICAS) -> icas.Batch:
-    """Pairs as one batch, on the model's device; views without features are encoded here."""
-    views = [p["target"] for p in pairs] + [v for p in pairs for v in p["reference"]]
-
-    def stack(values: Iterable[Tensor]) -> Tensor:
-        return torch.stack(list(values)).to(model.device)
-    if views[0].maps is None:
-        found = encode(model, views)
-    else:
-        found = icas.Features(stack(v.maps for v in views).float())
-        if views[0].detail is not None:
-            found.detail = stack(v.detail for v in views).float()
-    cut = ((None, None) if x is None else x.tensor_split([len(pairs)])
-           for x in (found.maps, found.detail))
-    target, reference = map(icas.Features, *cut)
-    sides = [stack(side) for side in zip(*(p["sides"] for p in pairs))]
-    truths = [icas.Truths(*(x.to(model.device) for x in p["truths"])) for p in pairs]
-    return icas.Batch(target, reference, sides, truths, stack(p["jitter"] for p in pairs))
+from data_prep.pairs import Pairs
+from data_prep.views import FreshSynthetic, FreshViews, rank, ranks, world
 
 
 # ---- Validation on sets that are not trained on --------------------------------------------------
 
-
-Held = list[tuple[Store, dict]]   # images of a set, and who prompts and who is tested
-
-
-def held_out(model: icas.ICAS, manifests: Sequence[str]) -> Held:
-    """Of each label two episodes: a marked image, and 12 others to find it in."""
+def held_out(model: icas.ICAS, manifests: Sequence[str]) -> list[tuple[Store, dict]]:
+    """Of each label two episodes, with the images of their set: a marked image, and 12 others to
+    find it in."""
     found = []
     for records in read_sources(manifests, loud=rank() == 0).values():
         store = Store(model, records)
@@ -183,10 +49,10 @@ def held_out(model: icas.ICAS, manifests: Sequence[str]) -> Held:
     return found
 
 
-def validate(held: Held) -> dict[str, float]:
+def validate(held: list[tuple[Store, dict]]) -> dict[str, float]:
     """Mean IoU in percent of what each part and the whole find likelier than not."""
-    rows = [evaluate.metrics(evaluate.score(store, episode, peers=False), episode, store.records)
-            for store, episode in held]
+    rows = [evaluate.metrics(*evaluate.score(store, [e], peers=False), e, store.records)
+            for store, e in held]
     return {method: float(np.mean([row[method]["iou"] for row in rows])) for method in rows[0]}
 
 
@@ -212,11 +78,10 @@ def parser() -> argparse.ArgumentParser:
     add("--weights", nargs="+", type=float, help="how often each is drawn from, then the synthetic")
     add("--validate", nargs="*", default=[], help="manifests that are not trained on")
     add("--cache", help="folder that keeps encoded views, so that a CPU can train")
-    add("--views", type=int, help="views of an image, and three times as many of a synthetic kind; "
-        "0: each draw is a new one (default 0, with --cache 2)")
+    add("--views", type=int, help="of an image, kept; 0: each draw is new (default 0, --cache: 2)")
     number("--images", 0, "marked images of a manifest at most; 0: all")
     number("--good", 0, "unmarked images of a manifest at most; 0: all")
-    number("--synthetic", 0, "kinds of synthetic defect")
+    number("--synthetic", 0, "kinds of synthetic defect, of three times as many views")
     number("--workers", min(16, os.cpu_count() or 1), "threads of a rank that read and augment")
     add = parser.add_argument_group("model (with --init the checkpoint's)").add_argument
     add("--init", help="checkpoint to start from")
@@ -253,7 +118,7 @@ def say(text: str) -> None:
 
 
 def start_model(args: argparse.Namespace) -> icas.ICAS:
-    device = icas.check_device(args.device)   # "cuda" is what start_ranks set
+    device = icas.check_device(args.device)   # "cuda" is what `ranks` set
     compiled = device.type == "cuda" if args.compile is None else args.compile
     if args.init:
         return icas.load(args.init, encoder=args.encoder, device=device, compile=compiled)
@@ -276,14 +141,11 @@ def unless_full(what: str) -> Iterator[None]:
 
 
 def write_state(path: Path, state: dict) -> None:
-    """Write beside, then rename; the one before is kept."""
-    part = path.with_suffix(".part")
-    with unless_full("the state"):
+    """Whole or not at all; the one before is kept."""
+    with unless_full("the state"), icas.whole_file(path) as part:
         torch.save(state, part)
         if path.is_file():
             path.replace(path.with_suffix(".old"))
-        part.replace(path)
-    part.unlink(missing_ok=True)
 
 
 def read_state(path: Path) -> dict | None:
@@ -303,22 +165,24 @@ def read_state(path: Path) -> dict | None:
 
 # ---- One run -------------------------------------------------------------------------------------
 
-
 class Run:
     """A training: everything that can be wrong with arguments and data is found here, before it."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.out = args, Path(args.out)
         views = args.views if args.views is not None else 2 * bool(args.cache)
+        self.steps = {"generic": 50_000, "anomaly": 5_000}[args.stage]
+        self.steps = self.steps if args.steps is None else args.steps
         least = {"batch_size": world(), "accumulate": 1, "shots": 1, "validate_every": 1,
-                 "log_every": 1, "views": 1 if args.cache else 0}
+                 "log_every": 1, "steps": 1, "views": 1 if args.cache else 0}
         ranges = {name: (low, math.inf) for name, low in least.items()}
         ranges |= dict.fromkeys(("same_image", "jitter", "good_targets"), (0, 1))
         for name, (low, high) in ranges.items():
-            value = views if name == "views" else getattr(args, name)
+            value = {"views": views, "steps": self.steps}.get(name, getattr(args, name))
             icas.check(low <= value <= high, f"--{name.replace('_', '-')}: expected {low} to "
                        f"{high}, got {value}")
-        data, held = ({Path(m).resolve() for m in names} for names in (args.data, args.validate))
+        data, held = ({(path / "manifest.jsonl" if path.is_dir() else path).resolve()
+                       for path in map(Path, names)} for names in (args.data, args.validate))
         if data & held:
             raise ValueError(f"--validate: {min(map(str, data & held))} is trained on too")
         self.check_out()
@@ -327,7 +191,7 @@ class Run:
         drawn, sources = (views, args.seed, args.strong_augmentation), []
         for manifest in args.data:
             path, records = Path(manifest), choose(manifest, args.images, args.good, args.seed)
-            name = (path.parent if path.suffix else path).resolve().name
+            name = (path.parent if path.is_file() else path).resolve().name
             check_sizes(records, args.workers)
             sources.append(FreshViews(name, records, size, args.stage == "anomaly", *drawn))
         if args.synthetic:
@@ -343,7 +207,6 @@ class Run:
             if max(source.images.values(), default=0) < (2 if args.stage == "anomaly" else 1):
                 raise ValueError(f"--data: no label is in two images of {source.name!r}")
         self.pairs = Pairs(sources, weights, self.model, args)
-        self.steps = args.steps or {"generic": 50_000, "anomaly": 5_000}[args.stage]
 
     def check_out(self) -> None:
         """Find what this run has left: its state, or that it is done. Another's is not touched."""
@@ -390,11 +253,9 @@ class Run:
         if rank() == 0:
             if self.state:
                 say(f"resumed at step {begin}")
-            self.out.mkdir(parents=True, exist_ok=True)
             icas.write_text(self.out / "arguments.json", json.dumps(self.fixed))
             log = self.out / "log.jsonl"   # without what was logged after the state
-            lines = [line for line in icas.read_lines(log) if line["step"] <= begin]
-            icas.write_lines(log, lines)
+            icas.write_lines(log, [x for x in icas.read_lines(log) if x["step"] <= begin])
         self.clock = self.saved = time.time()
         icas.fit(self.model, self.pairs, steps=self.steps, lr=self.args.lr, seed=self.args.seed,
                  start=begin, optimizer=optimizer, callback=self.after)
@@ -452,40 +313,27 @@ class Run:
             log.write(json.dumps(line) + "\n")
 
 
-def start_ranks(device: str) -> None:
-    cuda = icas.check_device(device).type == "cuda"
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    # a day: one rank may read masks for long while the others wait
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(days=1))
-
-
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 failed part-way (the same command goes on), 2 wrong use."""
     args, status = parser().parse_args(argv), 2
-    started = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
     try:
-        if started:
-            start_ranks(args.device)
-        run = Run(args)
-        if rank() == 0:
-            run.describe()
-        if args.dry_run:
-            return 0
-        status = 1
-        if not run.done:
-            run.train()
-        if rank() == 0:
-            for name in ("state.pt", "state.old", "state.damaged"):
-                (run.out / name).unlink(missing_ok=True)
-            print(run.out / "last.safetensors")
+        with ranks(args.device):
+            run = Run(args)
+            if rank() == 0:
+                run.describe()
+            if args.dry_run:
+                return 0
+            status = 1
+            if not run.done:
+                run.train()
+            if rank() == 0:
+                for file in run.out.glob("state.*"):
+                    file.unlink()
+                print(run.out / "last.safetensors")
         return 0
     except (ValueError, TypeError, OSError, ImportError, SafetensorError) as error:
         say(f"train: {error}")
         return status
-    finally:
-        if started and dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """Views of a manifest's images: drawn when they are asked for, or encoded once and kept."""
 from __future__ import annotations
 
+import contextlib
+import datetime
 import hashlib
 import json
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Iterable, NamedTuple, Sequence
+from typing import Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -59,6 +62,23 @@ def rank() -> int:
 
 def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def ranks(device: str) -> Iterator[None]:
+    """The process group of torchrun, if it started this; on CUDA each rank has its own GPU."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        yield
+        return
+    cuda = icas.check_device(device).type == "cuda"
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    # a day: one rank may read masks, or score its images, for long while the others wait
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(days=1))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import evaluate  # noqa: E402
 import icas  # noqa: E402
 from data_prep import episodes  # noqa: E402
 from data_prep.manifest import read_record  # noqa: E402
+from data_prep.peers import detection_peers  # noqa: E402
 
 HOME = Path(icas.__file__).parent
 
@@ -96,11 +97,9 @@ def test_every_task_runs_draws_and_replays_the_same(checkpoint, data, tmp_path, 
     assert all(p.name in page for p in pictures) and "icas" in page
 
 
-@pytest.mark.parametrize("task, options", [
-    ("semantic", []), ("fewshot", ["--shots", 1, 2, "--no-peers"])])
 def test_a_run_that_was_stopped_goes_on_after_its_last_finished_episode(
-        checkpoint, data, tmp_path, monkeypatch, capsys, task, options):
-    command = ["--task", task, "--data", data, "--seeds", 2, *options]
+        checkpoint, data, tmp_path, monkeypatch, capsys):
+    command = ["--task", "semantic", "--data", data, "--seeds", 2]
     whole = run(*command, checkpoint=checkpoint, out=tmp_path / "whole")
     scored, score = [], evaluate.score
 
@@ -120,7 +119,30 @@ def test_a_run_that_was_stopped_goes_on_after_its_last_finished_episode(
     log.write_text(kept + "\n" + kept[:40])   # killed while it wrote
     assert run(*command, checkpoint=checkpoint, out=tmp_path / "out")["data"] == whole["data"]
     assert len(scored) == 3 + len(whole["episodes"]["toy"]) - 2
-    assert not list((tmp_path / "out" / "parts").glob("*.jsonl"))
+
+
+def test_detection_encodes_each_image_once_for_all_its_episodes(checkpoint, data, tmp_path,
+                                                                monkeypatch):
+    seen, encode_image = [], icas.encode_image
+
+    def counted(image, *a, **k):
+        seen.append(image.tobytes() if isinstance(image, np.ndarray) else "")
+        return encode_image(image, *a, **k)
+    monkeypatch.setattr(icas, "encode_image", counted)
+    command = ["--data", data, "--task", "fewshot", "--seeds", 2, "--shots", 1, 2]
+    result = run(*command, "--no-peers", checkpoint=checkpoint, out=tmp_path / "out")
+    pictures = [x for x in seen if x]   # not those that `detect` got encoded
+    tests = {n for e in result["episodes"]["toy"] for n in e["tests"]}
+    assert len(pictures) == len(set(pictures)) == len(tests)
+    apart = []
+    for e in result["episodes"]["toy"]:
+        single = only(tmp_path / "out" / "results.json", e)
+        apart.append(run("--replay", single, "--no-peers", checkpoint=checkpoint,
+                         out=tmp_path / f"{e['seed']}{e['shots']}")["data"]["toy"]["icas"])
+    row = result["data"]["toy"]["icas"]
+    for shots in ("1", "2"):
+        aps = [x[shots]["ap"] for x in apart if shots in x]
+        assert row[shots]["ap"] == pytest.approx(np.mean(aps))
 
 
 def test_progress_and_the_time_left_are_shown(checkpoint, data, tmp_path, monkeypatch, capsys):
@@ -181,7 +203,7 @@ def test_what_is_called_bad_is_counted_apart_on_good_and_bad_parts():
 def test_a_second_run_reads_the_finished_categories(checkpoint, data, tmp_path, monkeypatch):
     arguments = ("--task", "fewshot", "--data", data, "--seeds", 1, "--shots", 1)
     first = run(*arguments, checkpoint=checkpoint, out=tmp_path / "out")
-    monkeypatch.setattr(evaluate, "measure", None)
+    monkeypatch.setattr(evaluate, "score", None)
     again = run(*arguments, checkpoint=checkpoint, out=tmp_path / "out")
     assert again["data"] == first["data"]
     with pytest.raises(TypeError, match="not callable"):   # other arguments, another part
@@ -285,7 +307,7 @@ def test_clicks_fall_on_the_defect_and_beside_it():
 
 def test_the_detection_recipes_on_a_known_part_find_nothing(tiny, data):
     store = evaluate.Store(tiny, evaluate.read_sources([str(data)])["toy"])
-    novelty = evaluate.detection_peers(store, ["images/good 0.png"])
+    novelty = detection_peers(store, ["images/good 0.png"])
     same, other = (novelty(f"images/good {i}.png") for i in (0, 1))
     assert list(same) == list(evaluate.PEERS[4:])
     for name in same:

@@ -27,6 +27,7 @@ import icas  # noqa: E402
 import train  # noqa: E402
 from data_prep import views  # noqa: E402
 from data_prep.augment import augment, cut_out, poisson_blend  # noqa: E402
+from data_prep.pairs import sides as pair_sides  # noqa: E402
 from data_prep.views import FreshSynthetic  # noqa: E402
 
 icas.ENCODERS["tiny14"] = (48, 4, 3)
@@ -155,13 +156,13 @@ def test_a_killed_training_ends_with_the_same_bits(home):
 def share(home: str, path: str, *more) -> None:
     """Three steps of plain gradient descent, which does not hide a gradient of another size;
     weights and losses into `path`."""
-    train.start_ranks("cpu") if "RANK" in os.environ else None
-    run, losses = prepared(Path(home), "--cache", f"{home}/views", "--jitter", 0.5,
-                           "--shots", 2, *more), []
-    run.model.decoder.requires_grad_(True)
-    icas.fit(run.model, run.pairs, steps=3, lr=0.05, warmup=1,
-             optimizer=torch.optim.SGD(run.model.decoder.parameters()),
-             callback=lambda step, parts, optimizer: losses.append(parts["loss"]))
+    with views.ranks("cpu"):
+        run, losses = prepared(Path(home), "--cache", f"{home}/views", "--jitter", 0.5,
+                               "--shots", 2, *more), []
+        run.model.decoder.requires_grad_(True)
+        icas.fit(run.model, run.pairs, steps=3, lr=0.05, warmup=1,
+                 optimizer=torch.optim.SGD(run.model.decoder.parameters()),
+                 callback=lambda step, parts, optimizer: losses.append(parts["loss"]))
     torch.save((run.model.decoder.state_dict(), losses), path)
 
 
@@ -254,7 +255,7 @@ def test_a_prompt_of_several_views_shows_one_item_and_never_the_targets(home):
     assert max(sizes) == 3
     view = source.view(table[0])
     mark = (view.labels == 1).float()
-    one, two = (train.sides([(view, mark, 1 - mark)] * n, 3, pairs.model.config)["sides"]
+    one, two = (pair_sides([(view, mark, 1 - mark)] * n, 3, pairs.model.config)["sides"]
                 for n in (1, 2))
     assert [x.shape for x in one] == [(3, 2, 8, 8), (3, 2, 14, 14)] and not one[0][1:].any()
     assert torch.equal(two[0][1, 0], one[0][0, 0])   # every marked token of a copy,
@@ -406,6 +407,9 @@ def test_validation_prints_the_baseline_and_keeps_the_best(home, capsys):
     assert icas.load(home / "out/best.safetensors", encoder=home / "encoder.safetensors")
     assert train.main(arguments(home, home / "o", "--validate", home / "spots")) == 2
     assert "is trained on too" in capsys.readouterr().err
+    same = home / "spots" / "manifest.jsonl"
+    assert train.main(arguments(home, home / "o", "--validate", same)) == 2
+    assert "is trained on too" in capsys.readouterr().err
     lone = make_data(home, count=1, name="lone")
     for more in ((), ("--dry-run",)):
         assert train.main(arguments(home, home / "o", "--validate", lone, *more)) == 2
@@ -443,7 +447,7 @@ def test_damaged_states_and_a_full_disk_cost_nothing(tmp_path, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert "could not be written" in capsys.readouterr().err and train.read_state(path)["step"] == 3
-    assert not path.with_suffix(".part").exists()
+    assert not list(tmp_path.glob("*.part"))
 
 
 def on_a_full_disk(*args: str) -> int:
@@ -539,6 +543,7 @@ def test_bad_data_is_named_before_training(home, capsys):
     for name, value, message in (
             ("--same-image", 1.5, "--same-image: expected 0 to 1, got 1.5"),
             ("--shots", 0, "--shots: expected 1 to inf, got 0"),
+            ("--steps", 0, "--steps: expected 1 to inf, got 0"),
             ("--views", -1, "--views: expected 0 to inf, got -1"),
             ("--weights", 0, "--weights: expected one number for each of ['spots']")):
         manifest.write_text("\n".join(lines))
