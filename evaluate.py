@@ -169,13 +169,16 @@ def summarise(scored: Sequence[tuple[dict, dict]]) -> dict[str, dict]:
     labels, counts = ([*dict.fromkeys(e.get(k) for e, _ in scored)] for k in ("label", axis))
 
     def mean(method: str, figure: str, **where) -> dict:
-        some = [(e["seed"], m[method]) for e, m in scored if where.items() <= e.items()]
+        some = [(e["seed"], m[method]) for e, m in scored
+                if method in m and where.items() <= e.items()]
+        if not some:   # without good parts there are no peers
+            return {}
         row = {k: np.mean([m[k] for _, m in some], axis=0).tolist() for k in some[0][1]
                if all(k in m for _, m in some)}
         by_seed = [float(np.mean([m[figure] for s, m in some if s == seed]))
                    for seed in sorted({s for s, _ in some})]
         return row | {"std": float(np.std(by_seed)), "seeds": by_seed}
-    for method in scored[0][1]:
+    for method in dict.fromkeys(method for _, found in scored for method in found):
         if segments(scored[0][0]):
             row = mean(method, "iou")
             fb = row.pop("fb")
@@ -184,7 +187,8 @@ def summarise(scored: Sequence[tuple[dict, dict]]) -> dict[str, dict]:
                 "iou": {label: mean(method, "iou", label=label)["iou"] for label in labels},
                 axis: {str(n): mean(method, "iou", **{axis: n})["iou"] for n in counts}}
         else:
-            rows[method] = {str(n): mean(method, "image_auroc", **{axis: n}) for n in counts}
+            rows[method] = {str(n): row for n in counts
+                            if (row := mean(method, "image_auroc", **{axis: n}))}
     return rows
 
 
@@ -230,7 +234,8 @@ def speed(model: icas.ICAS, sam: bool) -> dict:
     boxes = (a, a, a + a // 3, 2 * a), (a, a, a + a // 9, a + a // 9)
     large, small = (icas.prepare(icas.encode([(image[0], box)], model=model), model=model)
                     for box in boxes)
-    work = {"encoder": lambda: model.encoder(image, model.config.blocks)[0].sum().item(),
+    autocast = model.autocast()   # `segment` has its own
+    work = {"encoder": autocast(lambda: model.encoder(image, model.config.blocks)[0].sum().item()),
             "segment": lambda: icas.segment(image[0], large),   # .item() waits for a GPU
             "segment, small mark": lambda: icas.segment(image[0], small)}
     modules = {"encoder": model.encoder, "decoder": model.decoder}
@@ -240,9 +245,10 @@ def speed(model: icas.ICAS, sam: bool) -> dict:
                   "mlp_dim": 5120, "global_attn_indexes": [7, 15, 23, 31]}
         other = modules["SAM"] = SamModel(SamConfig(vision_config=vision)).to(device).eval()
         wide, click = torch.rand(1, 3, 1024, 1024), torch.full((1, 1, 1, 2), 512.0)
-        work["SAM"] = lambda: other(wide.to(device), click.to(device)).pred_masks.sum().item()
-    with model.autocast():   # in turn: all see the same load; the first warms up
-        rounds = [[timeit.timeit(call, number=1) for call in work.values()] for _ in range(8)]
+        work["SAM"] = autocast(
+            lambda: other(wide.to(device), click.to(device)).pred_masks.sum().item())
+    # in turn: all see the same load; the first warms up
+    rounds = [[timeit.timeit(call, number=1) for call in work.values()] for _ in range(8)]
     seconds = dict(zip(work, np.median(rounds[1:], axis=0).tolist()))
     parameters = {name: sum(p.numel() for p in m.parameters()) for name, m in modules.items()}
     return {"seconds": seconds, "ratio": seconds["segment"] / seconds["encoder"],
@@ -291,7 +297,7 @@ def parser() -> argparse.ArgumentParser:
     add("--normals", type=int, help="good parts beside the anomaly (semantic 1, openset 8)")
     add("--good", action=switch, default=True, help="semantic: score the good images too")
     add("--strips", type=int, default=1, help="cut images into so many (KolektorSDD few-shot: 3)")
-    add("--turns", action=switch, help="all prompts in eight turns, or as they lie")
+    add("--turns", action=switch, help="good parts in eight turns, or all prompts as they lie")
     add("--peers", action=switch, default=True, help="the training-free methods beside icas")
     add("--model", metavar="FILE", help="checkpoint (default: the shipped one)")
     add("--encoder", help="file of a DINOv2; of speed also a name, as vitl14: untrained")
@@ -327,10 +333,11 @@ def run(args: argparse.Namespace) -> None:
                    args.normals, args.good) for name, records in sources.items()}
     for name, records in sources.items():
         check(plans.get(name, []), records)
-    files = [icas.__file__, __file__, args.model or icas.find_shipped(icas.CHECKPOINT)]
+    files = [icas.__file__, __file__, args.model or icas.find_shipped(icas.CHECKPOINT),
+             *sorted(Path(__file__).parent.glob("data_prep/*.py"))]
     free = ("out", "replay", "device", "data", "seeds", "figures")   # they change no metric
     fixed = [{k: v for k, v in vars(args).items() if k not in free}, model.kind,
-             list(map(icas.sha256, files))]
+             icas.fast_bf16(model.device), list(map(icas.sha256, files))]
     for name, records in sources.items():
         digest = hashlib.sha256(json.dumps([plans[name], fixed]).encode()).hexdigest()[:16]
         log = out / "parts" / f"{args.task}-{name.replace('/', '_')}-{digest}.jsonl"

@@ -9,8 +9,8 @@ never trained on: the paper of this title, in its order. "Ours" heads what it do
         print(result.mask.shape, result.score.max(), result.boxes())
 
     paper              code                     shape
-    I_r, I_t           reference, target        (B, 3, H, W)      RGB in [0, 1]
-    F_r, F_t           maps                     (B, n D, H0, W0)  of n tapped encoder blocks
+    I_r, I_t           images                   (B, 3, H, W)      RGB in [0, 1]
+    F_r, F_t           reference, target: maps  (B, n D, H0, W0)  of n tapped encoder blocks
     Q_c^0, Q_c         content                  (B, K, C)
     Q_p, Q_ntp         prompt, other            (B, 1, C)         prompted label; what is not it
     Q_fg, Q_bg         learned                  (2, C)
@@ -40,7 +40,8 @@ Departures from the paper's text, where it is open or where its printed form doe
     picture's own edges, as far as these tell the mark in the prompt's picture.
 15. The input keeps the picture's aspect ratio, at about (image_size / 14)^2 tokens.
 16. `detect` compares tokens with good parts by nearest neighbour, or where none is known with
-    other images (`mutual`); the three most novel ones score an image. S_n is left to `segment`.
+    other images (`mutual`); the three most novel ones score an image. S_n is what `segment`
+    says of good parts alone with `plain_sum`.
 """
 from __future__ import annotations
 
@@ -230,9 +231,10 @@ def positional_basis(encoder: Encoder, grid: tuple[int, int], config: Config) ->
     noise = torch.rand(3, 3, *size, generator=random)
     images = torch.cat([torch.full_like(noise[:1], 0.5), noise]).to(encoder.cls_token.device)
     tokens = [rearrange(x, "b d h w -> (b h w) d") for x in encoder(images, config.blocks)]
-    centred = [(x - x.mean(dim=0)).double() for x in tokens]
+    centred = [(x - x.mean(dim=0)).cpu().double() for x in tokens]   # MPS has no float64
     # eigenvectors of the (D, D) scatter are the right singular vectors, whatever the grid
-    return [torch.linalg.eigh(x.T @ x)[1].flip(1)[:, :config.debias].float() for x in centred]
+    return [torch.linalg.eigh(x.T @ x)[1].flip(1)[:, :config.debias].float().to(images.device)
+            for x in centred]
 
 
 def unit_tokens(features: Tensor, basis: Tensor | None = None) -> Tensor:
@@ -513,7 +515,7 @@ def usual_distance(tokens: Tensor, sides: Tensor) -> Tensor:
     tokens (B, H0 W0, D) unit vectors; sides (B, 2, H0, W0) shares of the defect, of what is not."""
     usual, apart = [], round(max(sides.shape[-2:]) / 13)
     for x, (inside, outside) in zip(tokens, sides):
-        place, own = (outside > 0.999).nonzero(), x[outside.flatten() > 0.999]   # n 2, n d
+        place, own = (outside > 0.999).nonzero().short(), x[outside.flatten() > 0.999]   # n 2, n d
         if 4 * len(own) < len(x) or not inside.any():
             usual.append(math.inf)
             continue
@@ -562,6 +564,8 @@ def relations(matches: Sequence[Matching], grids: Sequence[tuple[int, int]], pro
                            beyond_usual(m.best_bg, usual)], dim=1)
         maps.append(F.interpolate(torch.cat([own, free], dim=1).unflatten(2, grid), size=size,
                                   mode="bilinear", antialias=True))
+    # of the prompt's kept tokens: of twelve copies some three times the share of the picture, which
+    # training saw; the true share is no better
     area = (prompt.foreground[0].mean(dim=1, keepdim=True) + 1e-4).log10() * marked
     both = torch.stack([marked, area], dim=1)[..., None].float().expand(-1, -1, *size)
     detail = maps[-1] if len(maps) > blocks else torch.zeros_like(maps[0])
@@ -578,10 +582,11 @@ def match(class_probs: Tensor, mask_logits: Tensor, truth_class: Tensor,
     bce = F.softplus(mask_logits).mean(dim=1)[:, None] - both / probs.shape[1]
     dice = 1 - (2 * probs @ truth_masks.T + 1) / (probs.sum(1)[:, None] + truth_masks.sum(1) + 1)
     # SciPy needs float64 on the CPU: bf16 costs tie and the match changes
-    cost = -2 * class_probs.sum(0)[:, truth_class].double() + 5 * bce.double() + 5 * dice.double()
+    likely, bce, dice = torch.stack([class_probs.sum(0)[:, truth_class], bce, dice]).cpu().double()
+    cost = -2 * likely + 5 * bce + 5 * dice
     if not torch.isfinite(cost).all():
         raise ValueError("fit: a mask or class is not finite; lower lr, check images and weights")
-    pairs = scipy.optimize.linear_sum_assignment(cost.cpu().numpy())
+    pairs = scipy.optimize.linear_sum_assignment(cost.numpy())
     return tuple(torch.as_tensor(x, device=mask_logits.device) for x in pairs)
 
 
@@ -671,7 +676,6 @@ class ICAS(nn.Module):
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=fast_bf16(self.device))
 
-    @torch.no_grad()
     def describe(self, images: Tensor, picture: Tensor | None = None) -> Features:
         """Encode (B, 3, H, W) RGB in [0, 1], sides multiples of the patch."""
         with self.autocast():
@@ -679,7 +683,6 @@ class ICAS(nn.Module):
             detail = self.detail(images) if self.config.detail else None
         return Features(maps, detail, picture)
 
-    @torch.no_grad()
     def look_closer(self, features: Features, scale: int = 2) -> Tensor:
         """(B, 280, scale H1, scale W1) detail of the picture at scale (1, 2 or 4) times the
         side, kept in the features."""
@@ -693,7 +696,6 @@ class ICAS(nn.Module):
                 features.closer[scale] = self.detail(seen).half()
         return features.closer[scale]
 
-    @torch.no_grad()
     def tokens(self, maps: Tensor) -> list[Tensor]:
         """(B, blocks * D, H0, W0) -> one (B, T, D) of unit vectors a tapped block (departure 2)."""
         c, grid = self.config, tuple(maps.shape[-2:])
@@ -819,8 +821,9 @@ def fit(model: ICAS, batches: Callable[[int], Batch | Sequence[Batch]], *, steps
     add_ranks = dist.all_reduce if dist.is_initialized() else lambda tensor: None   # in place
     model.decoder.train()
     for step in range(start, steps):
+        up, down = (step + 1) / max(1, warmup), (steps - step) / max(1, steps - warmup)
         for group in optimizer.param_groups:
-            group["lr"] = lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+            group["lr"] = lr * min(up, down)
         given, sums = batches(step), {}
         given = [given] if isinstance(given, Batch) else list(given)
         totals = sum(loss_totals(batch, model.config) for batch in given).to(model.device)
@@ -932,7 +935,8 @@ def read_rgb(image: Any, name: str = "image", value_range: Sequence[float] | Non
     if value_range is not None:
         check(not x.isnan().any(), f"{name}: expected finite values, got NaN; replace them first")
         check(isinstance(value_range, (tuple, list)) and len(value_range) == 2 and all(
-            isinstance(v, numbers.Real) for v in value_range) and value_range[0] < value_range[1],
+            isinstance(v, numbers.Real) and math.isfinite(v) for v in value_range)
+            and value_range[0] < value_range[1],
             f"value_range: expected (low, high) with low < high, got {value_range!r}")
     x, alpha = x.tensor_split([3], dim=-1)
     if value_range is not None and x.dtype != torch.uint8:
@@ -943,8 +947,8 @@ def read_rgb(image: Any, name: str = "image", value_range: Sequence[float] | Non
         what = "a float tensor in [0, 1], got" if unit else f"8-bit values (uint8), got {x.dtype},"
         likely = next((n for n in (1, 255, 1023, 4095, 16383, 65535) if high <= n), f"{high:.5g}")
         check(unit and low >= 0 and high <= 1, f"{name}: expected {what} [{low:.5g}, {high:.5g}] "
-              f"(or NaN); its range is likely 0 to {likely}: say so with value_range=(0, {likely}),"
-              f" or --range 0 {likely} on the command line; or pass uint8")
+              f"(or NaN); its range is likely 0 to {likely}: say so with value_range=(0, {likely}) "
+              f"of encode_image or encode, or --range 0 {likely} in a command; or pass uint8")
     x = (x * 255).round().to(torch.uint8) if x.is_floating_point() else x
     if alpha.numel():   # of arrays of floats it is in [0, 1], of whole numbers up to their largest
         kind = np.dtype(getattr(image, "dtype", np.uint8))
@@ -1339,7 +1343,8 @@ def pool_shots(model: ICAS, shots: Sequence[Shot]) -> Prompt:
     levels, neck = levels[:len(limits) - 1], levels[len(limits) - 1:]
     directions = [fisher_direction(*level) for level in levels]
     unknown = [torch.full((1,), math.inf, device=model.device)] * len(levels)
-    usual = [torch.stack(u).mean(dim=0) for u in zip(*(usual or [unknown]))]
+    usual = [torch.stack(u).nan_to_num(posinf=math.nan).nanmean(dim=0).nan_to_num(math.inf)
+             for u in zip(*(usual or [unknown]))]   # of the images where it is known
     good = len({shot.image for shot in shots if not shot.label})
     decoder = 1.0 if clicks else 0.2   # matching trusts a guess blindly
     return Prompt(*map(list, zip(*levels)), directions, usual, neck[0] if neck else (), weight,
@@ -1372,6 +1377,8 @@ class Prepared:
         """Of a label's marked shots with all good parts; "" is of good parts alone."""
         if label not in self.made:
             shots = [s for s in self.references.shots if s.label in (label, "")]
+            marked = {s.image for s in shots if s.label}   # no good part, whoever says so
+            shots = [s for s in shots if s.label or s.image not in marked]
             self.made[label] = pool_shots(self.model, shots)
         return self.made[label]
 
@@ -1422,7 +1429,7 @@ def mutual(images: Sequence, *, value_range: Sequence[float] | None = None,
     ValueError: fewer than six of them can be read."""
     model, shots, sides = check_model(model), [], torch.tensor([0.0, 1.0])[:, None, None]
     for i in np.random.default_rng(0).permutation(len(images)).tolist():
-        with contextlib.suppress(ValueError, FileNotFoundError):   # `detect` will name it
+        with contextlib.suppress(ValueError, TypeError, FileNotFoundError):   # `detect` names it
             seen = encode_image(images[i], value_range=value_range, model=model)
             shots.append(make_shot(seen.features, sides, "", str(i)))
         if len(shots) == 31:
@@ -1504,6 +1511,8 @@ def join_sure(sides: Tensor, odds: np.ndarray) -> Tensor:
     odds = torch.from_numpy(odds)
     foreground = (sides[0] > 0) | (odds > SURE) & (sides[2] == 0)
     background = ~foreground & ((odds < -SURE) | (sides[2] > 0))
+    if not background.any():   # it is sure of nothing
+        background = ~foreground & (sides[1] > 0)
     return torch.stack([foreground, background]).float()
 
 
@@ -1579,7 +1588,6 @@ def run_lengths(mask: np.ndarray) -> dict:
     return {"size": [int(n) for n in code["size"]], "counts": code["counts"].decode("ascii")}
 
 
-@torch.no_grad()
 def score_parts(model: ICAS, features: Features, prompt: Prompt,
                 reference_masks: Tensor | None = None) -> dict[str, Tensor]:
     """(4 H0, 4 W0) float32 log-odds of one image by each part and, as "icas", by all together
@@ -1597,14 +1605,16 @@ def score_parts(model: ICAS, features: Features, prompt: Prompt,
     odds = torch.stack(mixed[:len(config.blocks)]).mean(dim=0)
     decoded = model.decode(features, levels, prompt, matches)
     scores = mask_scores(model.decoder, decoded, levels[config.last], prompt, reference_masks)
+    if config.plain_sum:   # sums without a bound
+        side = "S_s" if prompt.marked.any() else "S_n"
+        scores["icas"] = scores[side] + scores[f"{side} mfm"]
+        return parts | {name: (2 * x[0].clamp_min(1e-4)).log() for name, x in scores.items()}
     parts |= {name: torch.logit(x[0], 0.007 if name.startswith("S_s") else 1e-4)
               for name, x in scores.items()}
-    if config.plain_sum:
-        return parts | {"icas": torch.logit((scores["S_s"] + scores["S_s mfm"])[0], 1e-4)}
     if config.detail:
         odds = odds + prompt.weight * (mixed[-1] - odds)
     odds = odds + prompt.decoder * (parts["S_s"] + parts["S_s mfm"])
-    if config.detail and prompt.usual[-1].isfinite():
+    if config.detail:
         # how much farther from the background than the marked image's own background is: more for
         # than against, and less where more than a tenth of the image is: another light
         far = beyond_usual(matches[-1].best_bg, prompt.usual[-1]).unflatten(1, grids[-1])
@@ -1671,10 +1681,11 @@ def segment(images: Any, references: References | Prepared | None = None, *,
         labels = used.references.labels or [""]
         found = [label_parts(used, image, label, parts) for label in labels]
         odds = [p["icas"] for p in found]
-        if labels[0] and len(ready.images) >= FEW:
+        plain = ready.model.config.plain_sum   # as printed, nothing of ours
+        if labels[0] and not plain and len(ready.images) >= FEW:
             novelty = beyond_good(ready, image.features, 0.3) / MASK_FROM
             odds = [leave_good(x, novelty) for x in odds]
-        if labels[0] and not ready.model.config.plain_sum:
+        if labels[0] and not plain:
             odds = [follow_edges(x, image.features.picture, used.prompt(label).edges)
                     for label, x in zip(labels, odds)]
         shown = {name: to_shape(x[None].cpu().numpy(), image.shape)[0]
@@ -1686,11 +1697,13 @@ def segment(images: Any, references: References | Prepared | None = None, *,
 
 def label_parts(ready: Prepared, image: EncodedImage, label: str,
                 every: bool = False) -> dict[str, Tensor]:
-    """`score_parts` of one label; of good parts, the label "", "icas" alone unless `every`."""
-    masks, parts = ready.reference_masks if every else None, {}
-    if label or every:
+    """`score_parts` of one label; of good parts, the label "", what `detect` finds, as "icas" alone
+    unless `every`; as printed (`plain_sum`) S_n + S_n^mfm."""
+    plain = ready.model.config.plain_sum
+    masks, parts = ready.reference_masks if every or plain and not label else None, {}
+    if label or every or plain:
         parts = score_parts(ready.model, image.features, ready.prompt(label), masks)
-    if not label:
+    if not label and not plain:
         far = beyond_good(ready, image.features, RATE)
         parts["icas"] = leave_good(4 * (far / MASK_FROM - 1), far)
     return parts
@@ -1955,7 +1968,7 @@ def detect(images: Any, references: References | Prepared | None = None, *, norm
     """
     ready = prepare(References() if references is None else references, model=model)
     ready = ready.join(encode(normals=normals, model=ready.model))
-    if not ready.references.normals and isinstance(images, (list, tuple)):
+    if not ready.references.normals and type(images) in (list, tuple):
         ready = mutual(images, model=ready.model)
     threshold = upper_limit(ready.good.scores, false_positive_rate)
 
@@ -2010,8 +2023,7 @@ def read_file(path: str | os.PathLike, name: str, form: str = "") -> tuple[dict,
 
 def save(model: ICAS, path: str | os.PathLike, training: dict | None = None) -> None:
     """Write decoder (fp16), config, training record and the encoder's SHA-256 to one file."""
-    tensors = {k.replace("_orig_mod.", ""): v.half().contiguous().cpu()
-               for k, v in model.decoder.state_dict().items()}
+    tensors = {k: v.half().contiguous().cpu() for k, v in model.decoder.state_dict().items()}
     write_file(path, tensors, {"format": "icas-4", "config": json.dumps(asdict(model.config)),
                                "encoder_sha256": model.encoder_sha256, "version": __version__,
                                "training": json.dumps(training or {})})
@@ -2068,7 +2080,8 @@ def start(config: Config, state: dict[str, Tensor], name: str, sha: str, device:
     load_state(model.encoder, state, f"encoder {name!r}")
     model.encoder_sha256 = sha
     if config.detail:
-        load_state(model.detail, read_file(find_shipped(DETAIL), "detail")[0], DETAIL)
+        detail = find_shipped(DETAIL, Path(name).resolve().parent)   # or beside the encoder
+        load_state(model.detail, read_file(detail, "detail")[0], DETAIL)
         model.detail.fuse()
     if compile:
         model.encoder.compile()
@@ -2086,11 +2099,11 @@ def load_state(module: nn.Module, state: dict[str, Tensor], name: str) -> None:
     module.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
 
 
-def find_shipped(name: str) -> Path:
-    """A file of checkpoints/ beside this one, or where pip puts data files."""
+def find_shipped(name: str, *more: Path) -> Path:
+    """A file of checkpoints/ beside this one, where pip puts data files, or in `more` folders."""
     import sysconfig
     here, data = Path(__file__).resolve().parent, Path(sysconfig.get_path("data"), "share", "icas")
-    places = [here / "checkpoints", here / "share" / "icas", data, here]
+    places = [here / "checkpoints", here / "share" / "icas", data, here, *more]
     found = [place / name for place in places if (place / name).is_file()]
     check(found, f"path: {name} is in none of {list(map(str, places))}; put it there, or pass "
           "load(path)", FileNotFoundError)

@@ -107,7 +107,7 @@ def sides(shown: Sequence[tuple[View, Tensor, Tensor]], shots: int, config: icas
 
 
 def truths(seen: View, wanted: set[int], config: icas.Config) -> icas.Truths:
-    """Truths of one target: the prompted label, up to 12 other labels, the unlabelled rest."""
+    """Truths of one target: the prompted label, up to 12 others, with the unlabelled rest."""
     present = set(seen.labels.unique().tolist())
     groups = [sorted(wanted & present)] if wanted & present else []
     groups, prompted = groups + [[v] for v in sorted(present - wanted)][:12], len(groups)

@@ -58,8 +58,8 @@ def segmentation_peers(store: Store, episode: dict, name: str) -> dict[str, Tens
 
 
 def detection_peers(store: Store, normals: Sequence[str]) -> Callable[[str], dict[str, Tensor]]:
-    """Image -> (T,) novelty of its tokens. AnomalyDINO: to the nearest neighbour in the last block
-    in eight turns of the good parts; SubspaceAD: outside the subspace that holds 99 % of the
+    """Image -> (T,) novelty of its tokens. AnomalyDINO: to the nearest neighbour in the last tapped
+    block in eight turns of the good parts; SubspaceAD: outside the subspace that holds 99 % of the
     variance of the tapped blocks' mean."""
     def tokens(image: icas.EncodedImage) -> tuple[Tensor, Tensor]:
         split = image.features.maps.float().chunk(len(store.model.config.blocks), dim=1)

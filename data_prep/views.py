@@ -81,7 +81,6 @@ def ranks(device: str) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-@torch.no_grad()
 def encode(model: icas.ICAS, views: Sequence[View]) -> icas.Features:
     return model.describe(torch.stack([v.pixels for v in views]).to(model.device))
 

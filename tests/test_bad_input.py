@@ -127,6 +127,7 @@ ROWS = [
     (lambda c: icas.to_rgb(c.truncated(c.png())), ValueError, "cut.png' is not a readable image"),
     (lambda c: icas.to_rgb(Image.open(c.truncated(c.png()))), ValueError, "image: "),
     (lambda c: icas.to_rgb(IMAGE, value_range=(np.nan, 5)), ValueError, "value_range: expected"),
+    (lambda c: icas.to_rgb(IMAGE, value_range=(0, np.inf)), ValueError, "value_range: expected"),
     (lambda c: icas.to_rgb(icas.encode_image(IMAGE, model=c.tiny)), TypeError, "got EncodedImage"),
     (lambda c: icas.to_rgb(MISSING_FILE, value_range=(0, 9)), FileNotFoundError, "image: no file"),
     (lambda c: icas.to_mask(MASK, (20, 31)),
@@ -242,6 +243,9 @@ ROWS = [
     (lambda c: c.normal(IMAGE) + [IMAGE], TypeError, "unsupported operand"),
     # detect
     (lambda c: c.detect(), ValueError, "normals: detect needs at least one good part"),
+    (lambda c: c.detect(icas.encode_image(IMAGE, model=c.tiny)),
+     ValueError, "normals: detect needs at least one good part"),
+    (lambda c: c.detect([IMAGE] * 6 + [None]), TypeError, "images[6]: expected a path"),
     (lambda c: c.detect(IMAGE, c.marked((IMAGE, MASK))),
      ValueError, "normals: detect needs at least one good part"),
     (lambda c: c.detect(normals="good.png"), TypeError, "normals: expected a list, got str"),

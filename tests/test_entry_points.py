@@ -925,6 +925,11 @@ def test_without_detail_everything_goes_by_the_encoder_alone(rng, tmp_path, monk
     assert [*detected.parts] == ["block 2", "block 3", "block 4"]
 
 
+def test_the_small_cnn_is_found_beside_the_encoder(checkpoint, monkeypatch):
+    monkeypatch.setattr(icas, "DETAIL", Path(icas.DETAIL).name)   # in no other folder
+    assert icas.load(checkpoint, device="cpu").detail is not None
+
+
 def test_without_detail_a_checkpoint_needs_no_detail_file(rng, tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = icas.ICAS(icas.Config(**TINY | {"detail": False})).eval().requires_grad_(False)

@@ -188,6 +188,13 @@ def test_rows_of_parts_and_peers_and_the_rates_of_false_positives(checkpoint, da
     assert "false positives at 0.01" in (tmp_path / "few" / "tables.txt").read_text()
 
 
+def test_numbers_of_good_parts_with_peers_and_without_are_measured_in_one_run(checkpoint, data,
+                                                                              tmp_path):
+    rows = run("--task", "fewshot", "--data", data, "--seeds", 1, "--shots", 0, 2,
+               checkpoint=checkpoint, out=tmp_path / "few")["data"]["toy"]
+    assert set(rows["icas"]) == {"0", "2"} and set(rows["AnomalyDINO recipe"]) == {"2"}
+
+
 def test_what_is_called_bad_is_counted_apart_on_good_and_bad_parts():
     records = {n: {"bad": n > "d"} for n in "abcdefg"}
     found = {"icas": {"images": {n: float(i) for i, n in enumerate("abcdefg")},
