@@ -948,7 +948,7 @@ def read_rgb(image: Any, name: str = "image", value_range: Sequence[float] | Non
         likely = next((n for n in (1, 255, 1023, 4095, 16383, 65535) if high <= n), f"{high:.5g}")
         check(unit and low >= 0 and high <= 1, f"{name}: expected {what} [{low:.5g}, {high:.5g}] "
               f"(or NaN); its range is likely 0 to {likely}: say so with value_range=(0, {likely}) "
-              f"of encode_image or encode, or --range 0 {likely} in a command; or pass uint8")
+              f"of encode_image, or --range 0 {likely} on the command line; or pass uint8")
     x = (x * 255).round().to(torch.uint8) if x.is_floating_point() else x
     if alpha.numel():   # of arrays of floats it is in [0, 1], of whole numbers up to their largest
         kind = np.dtype(getattr(image, "dtype", np.uint8))
