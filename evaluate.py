@@ -171,7 +171,7 @@ def summarise(scored: Sequence[tuple[dict, dict]]) -> dict[str, dict]:
     def mean(method: str, figure: str, **where) -> dict:
         some = [(e["seed"], m[method]) for e, m in scored
                 if method in m and where.items() <= e.items()]
-        if not some:   # without good parts there are no peers
+        if not some:   # as of peers without good parts, of novelty where most of a prompt is marked
             return {}
         row = {k: np.mean([m[k] for _, m in some], axis=0).tolist() for k in some[0][1]
                if all(k in m for _, m in some)}
@@ -184,8 +184,8 @@ def summarise(scored: Sequence[tuple[dict, dict]]) -> dict[str, dict]:
             fb = row.pop("fb")
             rows[method] = {"mean_iou": row.pop("iou")} | row | {
                 "fb_iou": 50 * fb[0] / max(1, fb[1]) + 50 * fb[2] / max(1, fb[3]),
-                "iou": {label: mean(method, "iou", label=label)["iou"] for label in labels},
-                axis: {str(n): mean(method, "iou", **{axis: n})["iou"] for n in counts}}
+                "iou": {n: x["iou"] for n in labels if (x := mean(method, "iou", label=n))},
+                axis: {str(n): x["iou"] for n in counts if (x := mean(method, "iou", **{axis: n}))}}
         else:
             rows[method] = {str(n): row for n in counts
                             if (row := mean(method, "image_auroc", **{axis: n}))}

@@ -1614,7 +1614,7 @@ def score_parts(model: ICAS, features: Features, prompt: Prompt,
     if config.detail:
         odds = odds + prompt.weight * (mixed[-1] - odds)
     odds = odds + prompt.decoder * (parts["S_s"] + parts["S_s mfm"])
-    if config.detail:
+    if config.detail and prompt.usual[-1].isfinite():
         # how much farther from the background than the marked image's own background is: more for
         # than against, and less where more than a tenth of the image is: another light
         far = beyond_usual(matches[-1].best_bg, prompt.usual[-1]).unflatten(1, grids[-1])

@@ -53,7 +53,8 @@ def validate(held: list[tuple[Store, dict]]) -> dict[str, float]:
     """Mean IoU in percent of what each part and the whole find likelier than not."""
     rows = [evaluate.metrics(*evaluate.score(store, [e], peers=False), e, store.records)
             for store, e in held]
-    return {method: float(np.mean([row[method]["iou"] for row in rows])) for method in rows[0]}
+    methods = dict.fromkeys(method for row in rows for method in row)
+    return {m: float(np.mean([row[m]["iou"] for row in rows if m in row])) for m in methods}
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -171,8 +172,8 @@ class Run:
     def __init__(self, args: argparse.Namespace):
         self.args, self.out = args, Path(args.out)
         views = args.views if args.views is not None else 2 * bool(args.cache)
-        self.steps = {"generic": 50_000, "anomaly": 5_000}[args.stage]
-        self.steps = self.steps if args.steps is None else args.steps
+        usual = {"generic": 50_000, "anomaly": 5_000}[args.stage]
+        self.steps = usual if args.steps is None else args.steps
         least = {"batch_size": world(), "accumulate": 1, "shots": 1, "validate_every": 1,
                  "log_every": 1, "steps": 1, "views": 1 if args.cache else 0}
         ranges = {name: (low, math.inf) for name, low in least.items()}

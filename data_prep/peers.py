@@ -6,7 +6,6 @@ from typing import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
 from torch import Tensor
 
 import icas
@@ -65,7 +64,7 @@ def detection_peers(store: Store, normals: Sequence[str]) -> Callable[[str], dic
         split = image.features.maps.float().chunk(len(store.model.config.blocks), dim=1)
         blocks = torch.cat(split).flatten(2).mT   # blocks, tokens, D
         return F.normalize(blocks[-1], dim=-1), blocks.mean(dim=0)
-    turns = [ndimage.rotate(store.pixels(n), angle, reshape=False, order=1, mode="reflect")
+    turns = [icas.rotate(torch.from_numpy(store.pixels(n)), angle).numpy()
              for n in normals for angle in range(0, 360, 45)]
     known = [tokens(icas.encode_image(turn, model=store.model)) for turn in turns]
     last, mixed = map(torch.cat, zip(*known))

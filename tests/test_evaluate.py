@@ -119,6 +119,7 @@ def test_a_run_that_was_stopped_goes_on_after_its_last_finished_episode(
     log.write_text(kept + "\n" + kept[:40])   # killed while it wrote
     assert run(*command, checkpoint=checkpoint, out=tmp_path / "out")["data"] == whole["data"]
     assert len(scored) == 3 + len(whole["episodes"]["toy"]) - 2
+    assert list((tmp_path / "out" / "parts").glob("*")) == [log]   # nothing is left beside it
 
 
 def test_detection_encodes_each_image_once_for_all_its_episodes(checkpoint, data, tmp_path,
@@ -265,6 +266,14 @@ def test_iou_is_pooled_over_images_and_fb_iou_over_categories():
     assert summary["iou"] == pytest.approx({"x": 300 / 7, "y": 10})
     assert summary["std"] == pytest.approx((300 / 7 - 10) / 2)
     assert summary["shots"] == pytest.approx({"1": (300 / 7 + 10) / 2})
+
+
+def test_what_some_episodes_lack_is_summarised_over_the_others():
+    episode = {"seed": 0, "label": "x", "shots": 1, "tests": ["a"]}
+    row = {"iou": 10.0, "iou_with_good": 10.0, "image_iou": 10.0, "fb": [1, 3, 7, 197]}
+    scored = [(episode, {"icas": row}), (episode | {"label": "y"}, {"icas": row, "novelty": row})]
+    for found in (evaluate.summarise(scored), evaluate.summarise(scored[::-1])):
+        assert set(found["icas"]["iou"]) == {"x", "y"} and found["novelty"]["iou"] == {"y": 10.0}
 
 
 def test_pixel_metrics_equal_their_definitions(rng):
