@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 import evaluate
 import icas
 from data_prep.episodes import Store, plan, read_sources
-from data_prep.manifest import check_sizes, choose
+from data_prep.manifest import check_sizes, choose, manifest_file
 from data_prep.pairs import Pairs
 from data_prep.views import FreshSynthetic, FreshViews, rank, ranks, world
 
@@ -182,8 +182,8 @@ class Run:
             value = {"views": views, "steps": self.steps}.get(name, getattr(args, name))
             icas.check(low <= value <= high, f"--{name.replace('_', '-')}: expected {low} to "
                        f"{high}, got {value}")
-        data, held = ({(path / "manifest.jsonl" if path.is_dir() else path).resolve()
-                       for path in map(Path, names)} for names in (args.data, args.validate))
+        data, held = ({manifest_file(m).resolve() for m in names}
+                      for names in (args.data, args.validate))
         if data & held:
             raise ValueError(f"--validate: {min(map(str, data & held))} is trained on too")
         self.check_out()
@@ -191,8 +191,8 @@ class Run:
         size = self.model.config.image_size
         drawn, sources = (views, args.seed, args.strong_augmentation), []
         for manifest in args.data:
-            path, records = Path(manifest), choose(manifest, args.images, args.good, args.seed)
-            name = (path.parent if path.is_file() else path).resolve().name
+            records = choose(manifest, args.images, args.good, args.seed)
+            name = manifest_file(manifest).parent.resolve().name
             check_sizes(records, args.workers)
             sources.append(FreshViews(name, records, size, args.stage == "anomaly", *drawn))
         if args.synthetic:

@@ -35,6 +35,12 @@ def manifest_lines(path: Path, limit: int | None) -> Iterator[tuple[str, str]]:
                 yield f"{path}, byte {start}", line.decode("utf-8", "replace")
 
 
+def manifest_file(path: str | Path) -> Path:
+    """The manifest given, or that of the folder given."""
+    path = Path(path)
+    return path / "manifest.jsonl" if path.is_dir() else path
+
+
 def read_manifest(path: str | Path, split: str | None = None, limit: int | None = None,
                   ) -> list[dict]:
     """Records of one manifest, in file order, with absolute `image` and `mask` paths and the place
@@ -42,9 +48,7 @@ def read_manifest(path: str | Path, split: str | None = None, limit: int | None 
 
     limit  reads about so many of a longer manifest, in seconds however long it is.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "manifest.jsonl"
+    path = manifest_file(path)
     if not path.is_file():
         raise FileNotFoundError(f"data: no manifest at {path}; give a manifest.jsonl or the folder "
                                 "that holds one")
