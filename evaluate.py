@@ -346,6 +346,7 @@ def run(args: argparse.Namespace) -> None:
         drawn = [e for e in plans[name] if args.figures and rank() == 0 and e["seed"] == 0]
         for i, e in enumerate(drawn):
             picture(Path(args.figures) / f"{log.stem} {i}.png", store, e)
+        store.forget()
     if rank() > 0:
         return
     methods = dict.fromkeys(method for own in sets.values() for method in own)

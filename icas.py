@@ -55,6 +55,7 @@ import numbers
 import os
 import pickle
 import sys
+import threading
 import time
 import warnings
 from collections import OrderedDict
@@ -2249,7 +2250,8 @@ def progress(items: Iterable, what: str, count: int | None = None):
 def whole_file(path: Path):
     """A path to write to that takes the place of `path` at the end: all of the file or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")   # ranks write the same file
+    # ranks and threads write the same file
+    part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     try:
         yield part
         part.replace(path)

@@ -7,8 +7,8 @@ r"""Train the in-context decoder: the generic stage, then the anomaly stage (Sec
 
 Killed at any moment, the same command goes on. With --cache the frozen encoder sees each augmented
 view once, and a CPU can train (--layers 3 --batch-size 8 --steps 3000). --data takes manifests, or
-folders that hold one (data_prep/__init__.py has the format). --encoder FILE trains for another
-DINOv2, whose size is read from the file.
+folders that hold one (data_prep/__init__.py has the format), and reads all records, of whatever
+split. --encoder FILE trains for another DINOv2, whose size is read from the file.
 """
 from __future__ import annotations
 
@@ -38,14 +38,17 @@ from data_prep.views import FreshSynthetic, FreshViews, rank, ranks, world
 # ---- Validation on sets that are not trained on --------------------------------------------------
 
 def held_out(model: icas.ICAS, manifests: Sequence[str]) -> list[tuple[Store, dict]]:
-    """Of each label two episodes, with the images of their set: a marked image, and 12 others to
-    find it in."""
+    """Of each label two episodes, with the images of their set: a marked image, and up to 12 others
+    to find it in."""
     found = []
-    for records in read_sources(manifests, loud=rank() == 0).values():
-        store = Store(model, records)
-        for episode in plan("semantic", records, seeds=2, good=False):
-            few = episode["tests"][::-(-len(episode["tests"]) // 12)]
-            found.append((store, episode | {"tests": few}))
+    try:
+        for records in read_sources(manifests, loud=rank() == 0).values():
+            store = Store(model, records)
+            for episode in plan("semantic", records, seeds=2, good=False):
+                few = icas.evenly(episode["tests"], 12)
+                found.append((store, episode | {"tests": few}))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--validate: {str(error).removeprefix('--data: ')}") from error
     return found
 
 
@@ -175,7 +178,8 @@ class Run:
         usual = {"generic": 50_000, "anomaly": 5_000}[args.stage]
         self.steps = usual if args.steps is None else args.steps
         least = {"batch_size": world(), "accumulate": 1, "shots": 1, "validate_every": 1,
-                 "log_every": 1, "steps": 1, "views": 1 if args.cache else 0}
+                 "log_every": 1, "steps": 1, "views": 1 if args.cache else 0,
+                 "images": 0, "good": 0, "synthetic": 0}
         ranges = {name: (low, math.inf) for name, low in least.items()}
         ranges |= dict.fromkeys(("same_image", "jitter", "good_targets"), (0, 1))
         for name, (low, high) in ranges.items():
@@ -205,8 +209,9 @@ class Run:
             if args.cache and not args.dry_run:
                 source.keep(args.cache, self.model, args.workers)
             source.sort(args.workers)
-            if max(source.images.values(), default=0) < (2 if args.stage == "anomaly" else 1):
-                raise ValueError(f"--data: no label is in two images of {source.name!r}")
+            needed, what = (2, "two images") if args.stage == "anomaly" else (1, "an image")
+            if max(source.images.values(), default=0) < needed:
+                raise ValueError(f"--data: no label is in {what} of {source.name!r}")
         self.pairs = Pairs(sources, weights, self.model, args)
 
     def check_out(self) -> None:

@@ -63,8 +63,7 @@ def defective(image: Path, masks: list[Path], out: Path) -> Iterator[dict]:
     mask."""
     label = np.maximum.reduce([read_mask(m, image) > 127 for m in masks])
     code = (image.stem.split("_") + [""])[1]
-    newest = max(masks, key=lambda m: m.stat().st_mtime)
-    whole = write_png(out / "masks" / f"{image.stem}.png", label * 255, newest)
+    whole = write_png(out / "masks" / f"{image.stem}.png", label * 255)
     marks = {"mask": str(whole), "labels": {"*": CODES.get(code, f"defect {code}")}}
     for x0, y0, x1, y1 in windows(*label.shape):
         if label[y0:y1, x0:x1].any():

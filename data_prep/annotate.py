@@ -42,9 +42,13 @@ class Project:
         icas.check(folder.is_dir(), f"no folder at {folder}")
         icas.check(not out.is_file() and out.resolve() != folder.resolve(),
                    f"--out: {out} is a file or the pictures' folder; give a folder of its own")
+        others = [n for n in ("run.json", "manifest.jsonl", "coco.json") if (out / n).exists()]
+        icas.check(not others or (out / "project.json").is_file(), f"--out: {out} holds the "
+                   f"{', '.join(others)} of something else; give a folder of its own")
         self.folder, self.out = folder.resolve(), out.resolve()
         found = icas.list_images([self.folder])
-        icas.write_text(self.out / "run.json", "{}")   # what lies beside it is never read as input
+        # what lies beside it is never read as input, and no run writes over it
+        icas.write_text(self.out / "run.json", json.dumps({"key": {"task": "annotate"}}))
         self.names, self.files, self.all = [*found], [*found.values()], range(len(found))
         file = self.out / "project.json"
         kept = json.loads(file.read_text("utf-8")) if file.is_file() else {}
@@ -146,9 +150,10 @@ class Project:
         self.save()
 
     def undo(self) -> dict:
-        i, *before = self.steps.pop() if self.steps else (None,)
-        if before:
-            self.change(i, *before)
+        with self.lock:
+            i, *before = self.steps.pop() if self.steps else (None,)
+            if before:
+                self.change(i, *before)
         return {"i": i}
 
     def draw(self, i: int, labels: np.ndarray | bytes) -> np.ndarray:

@@ -16,7 +16,9 @@ from typing import Iterator
 
 import numpy as np
 
-from .common import (as_text, child, json_items, mask_values, merge, missing, painted, rle, size,
+import icas
+
+from .common import (as_text, child, json_items, mask_values, merge, missing, painted, size,
                      upright)
 
 PUBLISHED = {"images": 123287, "train": 118287, "test": 5000}
@@ -78,7 +80,8 @@ def from_panoptic(root: Path, name: str, split: str, annotations: Path) -> Itera
         for segment in entry["segments_info"]:
             if not segment.get("iscrowd"):
                 kinds.setdefault(segment["category_id"], []).append(segment["id"])
-        masks = {names[kind]: rle(np.isin(ids, own)) for kind, own in sorted(kinds.items())}
+        masks = {names[kind]: icas.run_lengths(np.isin(ids, own))
+                 for kind, own in sorted(kinds.items())}
         yield painted(image, split, masks)
 
 

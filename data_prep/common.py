@@ -252,21 +252,15 @@ def starts_black(path: Path) -> bool:
         return mask.mode not in ("P", "PA") or (mask.getpalette() or [0, 0, 0])[:3] == [0, 0, 0]
 
 
-def write_png(path: Path, array: np.ndarray, source: Path) -> Path:
-    """Write an 8-bit grey PNG, whole or not at all, unless one is there that is newer than the file
-    it was made from."""
-    if not path.is_file() or path.stat().st_mtime < source.stat().st_mtime:
+def write_png(path: Path, array: np.ndarray) -> Path:
+    """Write an 8-bit grey PNG, whole or not at all, unless the same picture is there already."""
+    array = array.astype(np.uint8)
+    if not path.is_file() or not np.array_equal(np.array(Image.open(path)), array):
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
-        Image.fromarray(array.astype(np.uint8)).save(part, format="PNG")
+        Image.fromarray(array).save(part, format="PNG")
         part.replace(path)
     return path.resolve()
-
-
-def rle(mask: np.ndarray) -> dict:
-    """COCO's compressed run lengths of a bool (h, w) array: {"size": [h, w], "counts": text}."""
-    from pycocotools import mask as coco
-    return as_text(coco.encode(np.asfortranarray(mask.astype(np.uint8))))
 
 
 def merge(codes: list[dict]) -> dict:

@@ -76,6 +76,12 @@ def read_source(source: str, strips: int = 1) -> dict[str, list[dict]]:
             whole = {"split": "test", "group": name, "labels": {}} | record | cut
             category = categories.setdefault(record.get("category") or default, [])
             category.append(whole | shown(whole))
+    for category, found in categories.items():
+        names = [r["name"] for r in found]
+        if len(set(names)) < len(names):
+            twice = next(n for n in names if names.count(n) > 1)
+            raise ValueError(f"--data: {source!r} has {twice!r} of {category!r} in two records; "
+                             "give an image one, with all that is marked on it")
     return {c: sorted(categories[c], key=lambda r: r["name"]) for c in sorted(categories)}
 
 
@@ -165,6 +171,9 @@ def plan(task: str, records: Sequence[dict], seeds: int = 5, shots: Sequence[int
                 if prompt != "anomaly":
                     second = draw(plain, normals or 1, seed, label, "normal")
                 tests, others = unseen(marked, first + second), unseen(plain, first + second)
+                if prompt != "anomaly" and len(second) < (normals or 1):
+                    raise ValueError(f"--normals: {len(second)} good items for {normals or 1} "
+                                     "prompts; ask for fewer")
                 if len(first) < count or not tests:
                     print(f"{label!r}: {len({r['group'] for r in marked})} items, too few for "
                           f"{count} prompts and a test: left out", file=sys.stderr)
@@ -219,8 +228,8 @@ def plan_development(records: Sequence[dict]) -> list[dict]:
     1 draw of up to 3 labels with 12 + 12 tests, without peers."""
     if not any(r["split"] == "dev" for r in records):
         few = plan("semantic", records, seeds=1)[:3]
-        return [e | {"peers": False} | {k: e[k][::max(1, -(-len(e[k]) // 12))]
-                                        for k in ("tests", "good")} for e in few]
+        return [e | {"peers": False} | {k: icas.evenly(e[k], 12) for k in ("tests", "good")}
+                for e in few]
     train, held = split_normals(records)
     shots = [k for k in (1, 4, 8) if k <= len({r["group"] for r in train})] if held else []
     good = plan("fewshot", records, seeds=5, shots=shots) if shots else []
@@ -234,6 +243,10 @@ class Store:
         self.model, self.turns, self.records = model, turns, {r["name"]: r for r in records}
         for name in ("labels", "image", "good"):
             setattr(self, name, lru_cache(KEPT)(getattr(self, name)))
+
+    def forget(self) -> None:   # a cache of its own methods keeps a store alive
+        for known in (self.image, self.good, self.labels):
+            known.cache_clear()
 
     def image(self, name: str) -> icas.EncodedImage:
         return icas.encode_image(self.pixels(name), model=self.model)

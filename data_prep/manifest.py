@@ -14,7 +14,7 @@ from torch import Tensor
 
 import icas
 
-from .common import mask_values, upright_size
+from .common import mask_values, size, upright_size
 
 
 def manifest_lines(path: Path, limit: int | None) -> Iterator[tuple[str, str]]:
@@ -28,11 +28,14 @@ def manifest_lines(path: Path, limit: int | None) -> Iterator[tuple[str, str]]:
             for number, line in enumerate(file, start=1):
                 yield f"{path}:{number}", line.decode("utf-8", "replace")
             return
+        before = -1
         for start in range(0, size, -(-size // limit)):
             file.seek(max(0, start - 1))
-            file.readline()  # the rest of the line that `start` falls into
-            if line := file.readline():
-                yield f"{path}, byte {start}", line.decode("utf-8", "replace")
+            if start:
+                file.readline()  # the rest of the line that `start` falls into
+            if (at := file.tell()) > before and (line := file.readline()):
+                yield f"{path}, byte {at}", line.decode("utf-8", "replace")
+            before = at
 
 
 def manifest_file(path: str | Path) -> Path:
@@ -41,8 +44,7 @@ def manifest_file(path: str | Path) -> Path:
     return path / "manifest.jsonl" if path.is_dir() else path
 
 
-def read_manifest(path: str | Path, split: str | None = None, limit: int | None = None,
-                  ) -> list[dict]:
+def read_manifest(path: str | Path, limit: int | None = None) -> list[dict]:
     """Records of one manifest, in file order, with absolute `image` and `mask` paths and the place
     in `where`.
 
@@ -66,11 +68,9 @@ def read_manifest(path: str | Path, split: str | None = None, limit: int | None 
                 record[key] = str(path.parent / record[key])
                 if not Path(record[key]).is_file():
                     raise FileNotFoundError(f"{where}: {key} file is missing: {record[key]}")
-        if split is None or record.get("split", split) == split:
-            records.append(record | {"where": where, "set": path.parent.name})
+        records.append(record | {"where": where, "set": path.parent.name})
     if not records:
-        raise ValueError(f"{path}: the manifest has no record"
-                         + (f" of split {split!r}" if split else ""))
+        raise ValueError(f"{path}: the manifest has no record")
     return records
 
 
@@ -90,9 +90,9 @@ def check_record(record: object, where: str) -> None:
 
 
 def check_sizes(records: Sequence[dict], workers: int) -> None:
-    """Raise ValueError for the first record whose image or mask cannot be opened, or whose sizes
-    differ. Reads little but headers."""
-    def size(path: str, where: str) -> tuple[int, ...]:
+    """Raise ValueError for the first record whose image `size` refuses, whose mask cannot be
+    opened, or whose sizes differ. Reads little but headers."""
+    def mask_size(path: str, where: str) -> tuple[int, ...]:   # of 16 bits too
         try:
             with Image.open(path) as image:
                 return upright_size(image)
@@ -101,8 +101,12 @@ def check_sizes(records: Sequence[dict], workers: int) -> None:
 
     def check(record: dict) -> None:
         where, mask = place(record), record.get("mask", {})
-        given = size(record["image"], where)
-        others = ([size(mask, where)] if isinstance(mask, str)
+        try:
+            given = size(Path(record["image"]))
+        except ValueError as error:
+            raise ValueError(f"{where}: {record['image']!r} is not a readable image "
+                             f"({error.__cause__})") from error
+        others = ([mask_size(mask, where)] if isinstance(mask, str)
                   else [tuple(code["size"]) for code in mask.values()])
         for other in others:
             if other != given:

@@ -24,7 +24,7 @@ import numpy as np
 
 import icas
 
-from .common import (child, first_folder, json_items, merge, missing, painted, read_json, rle, size,
+from .common import (child, first_folder, json_items, merge, missing, painted, read_json, size,
                      upright)
 
 PUBLISHED = {"images": 1742289 + 80000, "train": 1742289, "test": 80000}
@@ -154,5 +154,5 @@ def masks_of(sam, image: Path, corners: Sequence[Sequence[float]], labels: Seque
                 x0, y0, x1, y1 = box
                 rows, columns = ((max(0, int(a)), int(np.ceil(b))) for a, b in ((y0, y1), (x0, x1)))
                 fill = float(mask[slice(*rows), slice(*columns)].sum() / ((x1 - x0) * (y1 - y0)))
-                found.append([label, round(score, 4), round(fill, 4), rle(mask)])
+                found.append([label, round(score, 4), round(fill, 4), icas.run_lengths(mask)])
     return found

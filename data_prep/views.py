@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple, Sequence
@@ -81,6 +82,13 @@ def ranks(device: str) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def content(record: dict) -> list:
+    """What a record's views depend on, but for the place of its files."""
+    image, mask = record["image"], record.get("mask")
+    marked = zlib.crc32(Path(mask).read_bytes()) if isinstance(mask, str) else mask
+    return [Path(image).name, os.path.getsize(image), marked, named(record), record.get("box")]
+
+
 def encode(model: icas.ICAS, views: Sequence[View]) -> icas.Features:
     return model.describe(torch.stack([v.pixels for v in views]).to(model.device))
 
@@ -100,8 +108,8 @@ class FreshViews:
                        "category": r.get("category", ""), "clean": "clean" in r}
                       for r in self.records]
         self.trusted = not self.fixed and len(records) > 5000   # without a look at every mask
-        self.recipe = [views, seed, size, anomaly, strong,   # decides what `keep` keeps
-                       [[Path(r["image"]).name, named(r), r.get("box")] for r in records]]
+        self.recipe = [views, seed, size, anomaly, strong]   # decides what `keep` keeps
+        self.recipe += map(content, records if self.fixed else [])
 
     def draw(self, i: int, rng: Rng | None) -> tuple[Tensor, Tensor]:
         """(3, S, S) pixels and (S, S) labels of entry i."""
@@ -209,11 +217,12 @@ class FreshSynthetic(FreshViews):
         self.index = [{"names": {"1": f"{d.kind}_{k}"}, "group": f"{k}_{j}", "image": f"{k}_{j}",
                        "category": str(k), "clean": j == self.entries}
                       for k, d in enumerate(self.defects) for j in range(self.entries + 1)]
-        self.recipe += ["blended", kinds,
-                        [[Path(r["image"]).name for r in pool] for pool in self.pools]]
+        self.recipe += ["blended", kinds]
+        self.recipe += [list(map(content, pool)) for pool in self.pools if self.fixed]
 
     def surface(self, source: Rng, rng: Rng) -> Tensor:
-        """(3, S, S): an image without a defect, of the data set that `source` draws."""
+        """(3, S, S): an image of the data set that `source` draws; a real defect on it is one more
+        thing that is not labelled."""
         pool = self.pools[source.integers(len(self.pools))]
         record = read_record(pool[rng.integers(len(pool))])
         return augment(*record, self.size, rng, True, self.strong)[0]
@@ -235,7 +244,10 @@ class FreshSynthetic(FreshViews):
         """(3, S, S) with a defect of a kind, and its (S, S) bool mask."""
         source = np.random.default_rng(self.defects[kind].texture)
         if kind % 3 or not self.marked:
-            return self.defects[kind].paint(base, self.surface(source, source), rng)
+            foreign = base
+            if self.defects[kind].kind == "texture":
+                foreign = self.surface(source, source)
+            return self.defects[kind].paint(base, foreign, rng)
         pool = self.marked[source.integers(len(self.marked))]
         image, labels = read_record(pool[source.integers(len(pool))])
         if not labels.any():

@@ -39,6 +39,6 @@ def records(root: Path, out: Path) -> Iterator[dict]:
                 raise ValueError(f"{mask}: expected 0 to 20 and 255, got {array.max()}; "
                                  "is it from SegmentationClass?")
             labels = {str(v): CLASSES[v - 1] for v in np.unique(array) if v}
-            copy = write_png(out / "masks" / f"{stem}.png", array, mask)
+            copy = write_png(out / "masks" / f"{stem}.png", array)
             yield {"image": str(image), "mask": str(copy), "labels": labels, "split": split,
                    "group": stem}

@@ -43,9 +43,9 @@ def slices(name: str, image: Path, seg: Path, out: Path, label: str, every: int,
         if wanted(labels[..., z], volume[..., z]):
             stem, marked = f"{name}_{z:03d}", defect(labels[..., z])
             picture = np.rot90(grey(volume[..., z])).clip(0, 255).round()
-            path = write_png(out / "images" / f"{stem}.png", picture, image)
+            path = write_png(out / "images" / f"{stem}.png", picture)
             record = {"image": str(path), "labels": {}, "split": split_of(name), "group": name}
             if marked.any():
-                mask = write_png(out / "masks" / f"{stem}.png", np.rot90(marked) * 255, seg)
+                mask = write_png(out / "masks" / f"{stem}.png", np.rot90(marked) * 255)
                 record |= {"mask": str(mask), "labels": {"*": label}}
             yield record

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -502,3 +503,25 @@ def test_in_a_browser_a_click_becomes_masks_of_eight_cells(tmp_path):
     finally:
         browser.quit()
         program.stop(signal.SIGKILL)
+
+
+@pytest.mark.parametrize("name", ["run.json", "manifest.jsonl", "coco.json"])
+def test_a_folder_with_results_of_something_else_is_left_alone(folder, tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("kept")
+    with pytest.raises(ValueError, match=f"--out: .* holds the {name} of something else"):
+        annotate.Project(folder, tmp_path / "run")
+    assert [(p.name, p.read_text()) for p in (tmp_path / "run").iterdir()] == [(name, "kept")]
+    annotate.Project(folder, tmp_path / "own")
+    annotate.Project(folder, tmp_path / "own")   # its own it takes up
+    assert icas.main(["segment", str(folder), "--anomaly", str(next(folder.glob("*.png"))), "1",
+                      "1", "9", "9", "--out", str(tmp_path / "own")]) == 2
+
+
+def test_threads_may_write_one_file_at_a_time(tmp_path):
+    def write(i):
+        with icas.whole_file(tmp_path / "x") as part:
+            part.write_text(f"{i}" * 9)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(200)))
+    assert [p.name for p in tmp_path.iterdir()] == ["x"] and len((tmp_path / "x").read_text()) >= 9

@@ -17,7 +17,9 @@ import pytest
 from PIL import ExifTags, Image, ImageFile
 
 import data_prep.__main__ as main
+import icas
 from data_prep import common
+from data_prep.episodes import read_source
 from data_prep.manifest import (check_sizes, choose, manifest_lines, named, read_labels,
                                 read_manifest, read_record)
 from train import FreshViews
@@ -173,7 +175,7 @@ def instances(root):
     runs = np.diff([0, *(np.flatnonzero(np.diff(flat)) + 1), flat.size]).tolist()
     polygon = [[6, 4, 12, 4, 12, 8, 6, 8]]
     names = "train2017", "val2017"
-    for name, code in zip(names, ({"size": [16, 20], "counts": runs}, common.rle(tail))):
+    for name, code in zip(names, ({"size": [16, 20], "counts": runs}, icas.run_lengths(tail))):
         parts = [(7, 0, [6, 4, 6, 4], polygon), (9, 1, [0, 0, 9, 9], [[0, 0, 9, 0, 9, 9]]),
                  (7, 0, [2, 12, 2, 2], code)]
         keys = "category_id", "iscrowd", "bbox", "segmentation"
@@ -447,7 +449,7 @@ def test_of_masks_that_overlap_the_smaller_lies_on_top():
     big, small = np.zeros((16, 20), bool), spot()
     big[2:14, 3:18] = True
     for names in (("a", "b"), ("b", "a")):
-        masks = dict(zip(names, map(common.rle, (big, small))))
+        masks = dict(zip(names, map(icas.run_lengths, (big, small))))
         record = common.painted(Path("x.png"), "train", masks)
         image = Image.fromarray(np.zeros((16, 20, 3), np.uint8))
         shown = shown_by(record | {"image": image})
@@ -455,14 +457,13 @@ def test_of_masks_that_overlap_the_smaller_lies_on_top():
         np.testing.assert_array_equal(shown[names[0]], big & ~small)
 
 
-def test_a_written_mask_is_made_again_when_its_source_is_newer(tmp_path):
-    source = picture(tmp_path / "source.png")
-    path = common.write_png(tmp_path / "a/x.png", np.zeros((2, 2)), source)
-    common.write_png(path, np.ones((2, 2)), source)
-    assert not np.array(Image.open(path)).any()
-    os.utime(source, (time.time() + 60,) * 2)
-    common.write_png(path, np.ones((2, 2)), source)
-    assert np.array(Image.open(path)).all()
+def test_a_written_mask_is_made_again_when_it_is_another_however_old_its_source(tmp_path):
+    path = common.write_png(tmp_path / "a/x.png", np.zeros((2, 2)))
+    os.utime(path, (1, 1))
+    common.write_png(path, np.zeros((2, 2)))
+    assert path.stat().st_mtime == 1
+    common.write_png(path, np.ones((2, 2)))
+    assert np.array(Image.open(path)).all() and path.stat().st_mtime > 1
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["x.png"]
 
 
@@ -843,13 +844,39 @@ def test_records_stream_in_flat_memory(tmp_path):
     assert len(list(manifest_lines(tmp_path / "manifest.jsonl", None))) == 20000
 
 
+def test_a_sample_of_a_manifest_has_no_line_twice_and_may_have_the_first(tmp_path):
+    lengths = np.random.default_rng(0).lognormal(4, 1, 5000).astype(int)
+    (tmp_path / "m.jsonl").write_text("\n".join(f"{i} " + "x" * n for i, n in enumerate(lengths)))
+    found = [line.split()[0] for _, line in manifest_lines(tmp_path / "m.jsonl", 4000)]
+    assert found[0] == "0" and len(set(found)) == len(found) > 2000
+
+
+@pytest.mark.parametrize("harm", ["cut in half", "16 bits"])
+def test_images_that_cannot_be_read_later_are_refused_before_a_training(tmp_path, harm):
+    path = picture(tmp_path / "x.png", 64, 64)
+    if harm == "16 bits":
+        Image.fromarray(np.full((64, 64), 900, np.uint16)).save(path)
+    else:
+        path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    with pytest.raises(ValueError, match="line 7: .*not a readable image"):
+        check_sizes([{"image": str(path), "where": "line 7"}], 1)
+
+
+def test_an_image_in_two_records_is_refused(tmp_path):
+    picture(tmp_path / "x.png")
+    line = json.dumps({"image": "x.png", "labels": {}, "split": "test"})
+    (tmp_path / "manifest.jsonl").write_text(f"{line}\n{line}\n")
+    with pytest.raises(ValueError, match="'x.png' of .* in two records"):
+        read_source(str(tmp_path))
+
+
 def measure(number: int, folder: Path) -> None:
     """Print what a manifest of so many records costs: to write, to stream, and to start from as
     train.py does."""
     import resource
     for i in range(50):
         picture(folder / f"raw/patch{i}/x.jpg")
-    code = common.rle(spot())
+    code = icas.run_lengths(spot())
 
     def synthetic():
         for i in range(number):

@@ -520,3 +520,10 @@ def test_strips_cut_the_longer_side_and_folders_need_no_manifest(tmp_path):
     image, labels = read_record(bad)
     assert tuple(image.shape) == (3, 30, 30) and int((labels > 0).sum()) == 40
     assert bad["name"].endswith("#1")
+
+
+def test_fewer_good_parts_than_asked_for_are_said(data, checkpoint, tmp_path, capsys):
+    args = ["--task", "semantic", "--prompt", "both", "--normals", "8", "--seeds", "1"]
+    assert evaluate.main([*args, "--data", str(data), "--out", str(tmp_path / "o"), "--model",
+                          str(checkpoint)]) == 2
+    assert "--normals: 6 good items for 8 prompts; ask for fewer" in capsys.readouterr().err

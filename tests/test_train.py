@@ -483,6 +483,16 @@ def test_a_finished_run_is_not_trained_again_and_another_recipe_does_not_resume(
     assert "other arguments" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("changed", ["mask", "image"])
+def test_other_contents_under_the_same_names_are_encoded_anew(home, changed):
+    more = ("--views", 1, "--cache", home / "views")
+    first = prepared(home, *more).pairs.sources[0]
+    assert prepared(home, *more).pairs.sources[0].folder == first.folder
+    path = Path(first.records[0][changed])
+    Image.fromarray(255 - np.array(Image.open(path)) // 2).save(path)
+    assert prepared(home, *more).pairs.sources[0].folder != first.folder
+
+
 def test_a_cache_that_was_cut_off_goes_on_and_one_made_otherwise_is_not_read(home, monkeypatch):
     more = ("--views", 3, "--cache")                                     # 8 x 3 + 6: two chunks
     whole = prepared(home, *more, home / "whole").pairs.sources[0]
