@@ -149,15 +149,16 @@ def json_items(path: Path, *keys: str, chunk: int = 1 << 22) -> Iterator[tuple[s
 # ---- Images and masks ----------------------------------------------------------------------------
 
 
-def size(path: Path) -> tuple[int, int]:
-    """(h, w) of an image file that the scripts can read: whole, 8 bits a channel; upright.
+def size(path: Path, wide: bool = False) -> tuple[int, int]:
+    """(h, w) of an image file that the scripts can read: whole, upright, and of 8 bits a channel,
+    unless `wide`, as masks may be.
 
     JPEG and PNG are whole when their end mark is there, which costs no decoding; all others are
     read through.
     """
     try:
         with Image.open(path) as image:
-            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            if not wide and (image.mode in ("I", "F") or image.mode.startswith("I;16")):
                 raise ValueError("16 bits or more a pixel, where black and white are anyone's "
                                  "guess; save it with 8")
             if not is_whole(path, image.format):

@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 import sys
 import zlib
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 from typing import Sequence
@@ -77,10 +78,9 @@ def read_source(source: str, strips: int = 1) -> dict[str, list[dict]]:
             category = categories.setdefault(record.get("category") or default, [])
             category.append(whole | shown(whole))
     for category, found in categories.items():
-        names = [r["name"] for r in found]
-        if len(set(names)) < len(names):
-            twice = next(n for n in names if names.count(n) > 1)
-            raise ValueError(f"--data: {source!r} has {twice!r} of {category!r} in two records; "
+        (name, count), = Counter(names(found)).most_common(1)
+        if count > 1:
+            raise ValueError(f"--data: {source!r} has {name!r} of {category!r} in two records; "
                              "give an image one, with all that is marked on it")
     return {c: sorted(categories[c], key=lambda r: r["name"]) for c in sorted(categories)}
 
@@ -170,10 +170,10 @@ def plan(task: str, records: Sequence[dict], seeds: int = 5, shots: Sequence[int
                 second = []
                 if prompt != "anomaly":
                     second = draw(plain, normals or 1, seed, label, "normal")
+                    if len(second) < (normals or 1):
+                        raise ValueError(f"--normals: {len(second)} good items for {normals or 1} "
+                                         "prompts; ask for fewer")
                 tests, others = unseen(marked, first + second), unseen(plain, first + second)
-                if prompt != "anomaly" and len(second) < (normals or 1):
-                    raise ValueError(f"--normals: {len(second)} good items for {normals or 1} "
-                                     "prompts; ask for fewer")
                 if len(first) < count or not tests:
                     print(f"{label!r}: {len({r['group'] for r in marked})} items, too few for "
                           f"{count} prompts and a test: left out", file=sys.stderr)

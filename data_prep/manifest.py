@@ -9,27 +9,26 @@ from typing import Iterator, Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 import icas
 
-from .common import mask_values, size, upright_size
+from .common import mask_values, size
 
 
 def manifest_lines(path: Path, limit: int | None) -> Iterator[tuple[str, str]]:
     """(place, line) of a manifest; of a file with more than about `limit` lines, that many spread
     evenly over its bytes."""
     with open(path, "rb") as file:
-        size, head = path.stat().st_size, file.read(1 << 16)
+        whole, head = path.stat().st_size, file.read(1 << 16)
         length = len(head) / max(1, head.count(b"\n"))
-        if limit is None or size / length <= limit:
+        if limit is None or whole / length <= limit:
             file.seek(0)
             for number, line in enumerate(file, start=1):
                 yield f"{path}:{number}", line.decode("utf-8", "replace")
             return
         before = -1
-        for start in range(0, size, -(-size // limit)):
+        for start in range(0, whole, -(-whole // limit)):
             file.seek(max(0, start - 1))
             if start:
                 file.readline()  # the rest of the line that `start` falls into
@@ -90,23 +89,19 @@ def check_record(record: object, where: str) -> None:
 
 
 def check_sizes(records: Sequence[dict], workers: int) -> None:
-    """Raise ValueError for the first record whose image `size` refuses, whose mask cannot be
-    opened, or whose sizes differ. Reads little but headers."""
-    def mask_size(path: str, where: str) -> tuple[int, ...]:   # of 16 bits too
+    """Raise ValueError for the first record whose image or mask `size` refuses, or whose sizes
+    differ. Reads little but headers."""
+    def read_size(path: str, where: str, wide: bool = False) -> tuple[int, int]:
         try:
-            with Image.open(path) as image:
-                return upright_size(image)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{where}: {path!r} is not a readable image ({error})") from error
+            return size(Path(path), wide)
+        except ValueError as error:
+            raise ValueError(f"{where}: {path!r} is not a readable image "
+                             f"({error.__cause__})") from error
 
     def check(record: dict) -> None:
         where, mask = place(record), record.get("mask", {})
-        try:
-            given = size(Path(record["image"]))
-        except ValueError as error:
-            raise ValueError(f"{where}: {record['image']!r} is not a readable image "
-                             f"({error.__cause__})") from error
-        others = ([mask_size(mask, where)] if isinstance(mask, str)
+        given = read_size(record["image"], where)
+        others = ([read_size(mask, where, wide=True)] if isinstance(mask, str)
                   else [tuple(code["size"]) for code in mask.values()])
         for other in others:
             if other != given:

@@ -108,8 +108,8 @@ class FreshViews:
                        "category": r.get("category", ""), "clean": "clean" in r}
                       for r in self.records]
         self.trusted = not self.fixed and len(records) > 5000   # without a look at every mask
-        self.recipe = [views, seed, size, anomaly, strong]   # decides what `keep` keeps
-        self.recipe += map(content, records if self.fixed else [])
+        # these two decide what `keep` keeps
+        self.recipe, self.sources = [views, seed, size, anomaly, strong], records
 
     def draw(self, i: int, rng: Rng | None) -> tuple[Tensor, Tensor]:
         """(3, S, S) pixels and (S, S) labels of entry i."""
@@ -180,7 +180,7 @@ class FreshViews:
     def keep(self, cache: str, model: icas.ICAS, workers: int) -> None:
         """Encode the views that are not in the cache yet, and read all from there. Each is a file,
         whole or not there, in a folder named after what decides it; ranks share the work."""
-        made = json.dumps([self.recipe, model.kind]).encode()
+        made = json.dumps([self.recipe, list(map(content, self.sources)), model.kind]).encode()
         folder = Path(cache, f"{self.name}-{hashlib.sha256(made).hexdigest()[:12]}")
         folder.mkdir(parents=True, exist_ok=True)
         missing = [i for i in range(rank(), len(self.index), world())
@@ -217,8 +217,8 @@ class FreshSynthetic(FreshViews):
         self.index = [{"names": {"1": f"{d.kind}_{k}"}, "group": f"{k}_{j}", "image": f"{k}_{j}",
                        "category": str(k), "clean": j == self.entries}
                       for k, d in enumerate(self.defects) for j in range(self.entries + 1)]
-        self.recipe += ["blended", kinds]
-        self.recipe += [list(map(content, pool)) for pool in self.pools if self.fixed]
+        self.recipe += ["blended", kinds, [len(pool) for pool in self.pools]]
+        self.sources = sum(self.pools, [])
 
     def surface(self, source: Rng, rng: Rng) -> Tensor:
         """(3, S, S): an image of the data set that `source` draws; a real defect on it is one more
