@@ -73,7 +73,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-__version__ = "0.16.1"
+__version__ = "0.16.2"
 __all__ = ["Batch", "Config", "Detection", "EncodedImage", "Features", "ICAS", "Prepared",
            "References", "Segmentation", "Truths", "convert", "detect", "encode", "encode_image",
            "fit", "load", "mutual", "overlay", "prepare", "save", "segment", "to_mask", "to_rgb"]
@@ -935,10 +935,7 @@ def read_rgb(image: Any, name: str = "image", value_range: Sequence[float] | Non
           f" 3) or (H, W, 4) with at least one pixel, or a (3, H, W) tensor; got {brief(image)}")
     if value_range is not None:
         check(not x.isnan().any(), f"{name}: expected finite values, got NaN; replace them first")
-        check(isinstance(value_range, (tuple, list)) and len(value_range) == 2 and all(
-            isinstance(v, numbers.Real) and math.isfinite(v) for v in value_range)
-            and value_range[0] < value_range[1],
-            f"value_range: expected (low, high) with low < high, got {value_range!r}")
+        check_range(value_range)
     x, alpha = x.tensor_split([3], dim=-1)
     if value_range is not None and x.dtype != torch.uint8:
         low, high = value_range
@@ -959,6 +956,13 @@ def read_rgb(image: Any, name: str = "image", value_range: Sequence[float] | Non
     if most and count > most:
         x = shrink(x, math.ceil(math.sqrt(count / most))).round().to(torch.uint8)
     return x.expand(-1, -1, 3).contiguous(), shape
+
+
+def check_range(value_range: Any) -> None:
+    check(isinstance(value_range, (tuple, list)) and len(value_range) == 2 and all(
+        isinstance(v, numbers.Real) and math.isfinite(v) for v in value_range)
+        and value_range[0] < value_range[1],
+        f"value_range: expected (low, high) with low < high, got {value_range!r}")
 
 
 def shrink(x: Tensor, block: int) -> Tensor:
@@ -1004,7 +1008,7 @@ def open_image(image: Any, name: str, most: int | None = None):
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise ImportError('reading image files needs Pillow: pip install "icas[images]"') from error
+        raise ImportError("reading image files needs Pillow: pip install pillow") from error
     path = isinstance(image, (str, os.PathLike))
     what = repr(os.fspath(image)) if path else "the image"
     check(not path or Path(image).is_file(), f"{name}: no file at {what}", FileNotFoundError)
@@ -1013,11 +1017,18 @@ def open_image(image: Any, name: str, most: int | None = None):
             w, h = picture.size
             if path and most and w * h > most:
                 picture.draft(None, [int(n * math.sqrt(most / (w * h))) for n in (w, h)])
+            check(not cut_to_8(picture), "colours of 16 bits a channel; save it with 8")
             picture.load()
             turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)   # by a quarter
             return ImageOps.exif_transpose(picture), ((w, h) if turned else (h, w))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name}: {what} is not a readable image ({error}); resave it") from error
+
+
+def cut_to_8(picture) -> bool:
+    """Whether Pillow reads an opened file by the high byte of its 16-bit colours alone."""
+    stored = str(getattr(picture, "tile", ""))   # how each piece of the file is decoded
+    return picture.mode[0] != "I" and any(f";16{order}" in stored for order in "BLN")
 
 
 def to_mask(mask: Any, shape: tuple[int, int], name: str = "mask") -> Tensor:
@@ -1047,7 +1058,7 @@ def read_marks(path: Any, image: Any, shape: tuple[int, int], name: str) -> dict
     try:
         from pycocotools import mask as coco
     except ImportError as error:
-        raise ImportError('outlines in JSON need pycocotools: pip install "icas[coco]"') from error
+        raise ImportError("outlines in JSON need pycocotools: pip install pycocotools") from error
     name, (h, w), found = f"{name} {os.fspath(path)!r}", shape, {}
     check(Path(path).is_file(), f"{name}: no such file", FileNotFoundError)
     try:
@@ -1066,7 +1077,8 @@ def read_marks(path: Any, image: Any, shape: tuple[int, int], name: str) -> dict
             names = {c["id"]: c["name"] for c in data["categories"]}
             entry, = [x for x in data["images"] if own[-len(p := Path(x["file_name"]).parts):] == p]
             size = entry["height"], entry["width"]
-            rows = [(names[x["category_id"]], x.get("segmentation") or np.array([x["bbox"]], float))
+            rows = [(names[x["category_id"]], x["segmentation"] if any(x.get("segmentation") or [])
+                     else np.array([x["bbox"]], dtype=float))   # some have none, or an empty one
                     for x in data["annotations"] if x["image_id"] == entry["id"]]
         check(size == shape, f"made for a picture of {size} (height, width), this has {shape}")
         for label, outlines in rows:   # run lengths are a dict, compressed ones of text
@@ -1075,7 +1087,7 @@ def read_marks(path: Any, image: Any, shape: tuple[int, int], name: str) -> dict
             mask = coco.decode(coco.merge(codes) if isinstance(codes, list) else codes) > 0
             check(mask.shape == shape, f"{label!r} is outlined at another size, {mask.shape}")
             found[label or "defect"] = found.get(label or "defect", False) | mask
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:   # pycocotools raises a plain one
         raise ValueError(f"{name}: holds no outlines of this image as LabelMe or COCO save them "
                          f"({type(error).__name__}: {error})") from error
     check(found, f"{name}: nothing is outlined in it")
@@ -1584,7 +1596,7 @@ def run_lengths(mask: np.ndarray) -> dict:
     try:
         from pycocotools import mask as coco
     except ImportError as error:
-        raise ImportError('COCO output needs pycocotools: pip install "icas[coco]"') from error
+        raise ImportError("COCO output needs pycocotools: pip install pycocotools") from error
     code = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"size": [int(n) for n in code["size"]], "counts": code["counts"].decode("ascii")}
 
@@ -1655,7 +1667,8 @@ def segment(images: Any, references: References | Prepared | None = None, *,
     check(not interactive or type(images) not in (list, tuple), "points, boxes, mask: expected one "
           "image with them, got a list; call segment once an image")
     check(interactive or ready.references.shots, "references: none given; pass anomalies=[(image, "
-          "mask)], normals=[image], points=, boxes= or mask=")
+          "mask)] (--anomaly IMAGE MASK), normals=[image] (--normal IMAGE), points= (--point X Y), "
+          "boxes= (--box) or mask=")
 
     def join_marks(image: EncodedImage, sides: Tensor) -> Prepared:   # as of the label "defect"
         shot = make_shot(image.features, sides, "defect")
@@ -1933,10 +1946,14 @@ def good_spread(scores: Sequence[float]) -> tuple[float, float, int]:
     return float(middle), float(np.sqrt(variance * (1 + 1 / len(x)))), freedom
 
 
-def upper_limit(scores: Sequence[float], rate: float) -> float:
-    """The score that unseen good parts exceed at the rate."""
+def check_rate(rate: Any) -> None:
     check(isinstance(rate, numbers.Real) and 0 < rate < 1,
           f"false_positive_rate: expected a number between 0 and 1, got {rate!r}")
+
+
+def upper_limit(scores: Sequence[float], rate: float) -> float:
+    """The score that unseen good parts exceed at the rate."""
+    check_rate(rate)
     middle, spread, freedom = good_spread(scores)
     return float(middle - scipy.special.stdtrit(freedom, rate) * spread)
 
@@ -1989,12 +2006,10 @@ REPORT = "report.html"                      # of a run, to be filled
 
 def write_file(path: str | os.PathLike, tensors: dict[str, Tensor], meta: dict[str, str]) -> None:
     """Write a safetensors file, whole or not at all."""
-    part = Path(f"{os.fspath(path)}.part")
     try:
-        save_file(tensors, part, metadata=meta)
-        part.replace(path)
+        with whole_file(Path(path)) as part:
+            save_file(tensors, part, metadata=meta)
     except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
         raise OSError(f"{os.fspath(path)!r} could not be written ({error})") from error
 
 
@@ -2012,7 +2027,9 @@ def read_file(path: str | os.PathLike, name: str, form: str = "") -> tuple[dict,
             tensors, meta = {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         kind = "whole safetensors file" if safe else ".pth of tensors alone"
-        first = str(error).partition("\n")[0]
+        # what torch says of a file that is no pickle at all is advice to be less careful
+        why = type(error).__name__ if isinstance(error, pickle.UnpicklingError) else str(error)
+        first = why.partition("\n")[0]
         raise ValueError(f"{name}: {shown} is not a {kind} ({first}); get or save it "
                          "again") from error
     found = meta.get("format", "none")
@@ -2106,8 +2123,8 @@ def find_shipped(name: str, *more: Path) -> Path:
     here, data = Path(__file__).resolve().parent, Path(sysconfig.get_path("data"), "share", "icas")
     places = [here / "checkpoints", here / "share" / "icas", data, here, *more]
     found = [place / name for place in places if (place / name).is_file()]
-    check(found, f"path: {name} is in none of {list(map(str, places))}; put it there, or pass "
-          "load(path)", FileNotFoundError)
+    check(found, f"path: {name} is in none of {list(map(str, places))}; put it there, or say "
+          "where yours is: model=load(path), --model FILE", FileNotFoundError)
     return found[0]
 
 
@@ -2180,6 +2197,7 @@ def encoder_name(state: dict[str, Tensor], name: str) -> str:
 # ---- Pictures and the command line ---------------------------------------------------------------
 
 HEAT = np.array([[38, 52, 120], [40, 140, 160], [250, 220, 90], [240, 120, 40], [200, 20, 40]])
+WRITTEN = ["masks", "overlays", "maps", "results.csv", "results.jsonl", "coco.json", "report.html"]
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 
 
@@ -2214,16 +2232,18 @@ def overlay(image: Any, heat: np.ndarray, mask: np.ndarray, low: float = 0.0,
 def list_images(paths: Sequence[str], skipped: list[str] | None = None,
                 taken: dict[str, str] | None = None) -> dict[str, Path]:
     """Name -> file: of folders all images below by their path in it, sorted. Hidden files are left
-    out, and what icas wrote (a folder with run.json); other files' paths are added to `skipped`.
+    out, and what icas wrote (a folder with its run.json); other files are added to `skipped`.
     A name that another file has, here or in `taken`, becomes longer."""
     images, taken = {}, dict(taken or {})
     for path in map(Path, paths):
         below = sorted(p for p in path.rglob("*") if p.is_file() and not any(
             part[0] == "." for part in p.relative_to(path).parts))
-        outputs = {p.parent for p in below if p.name == "run.json"}
+        outputs = {p.parent for p in below if p.name == "run.json" and
+                   '"key"' in p.read_text(encoding="utf-8", errors="replace")}
         files = [p for p in below if outputs.isdisjoint(p.parents)]
         inside = {path.name: path} if path.is_file() else {
             p.relative_to(path).as_posix(): p for p in files if p.suffix.lower() in SUFFIXES}
+        check(path.exists(), f"{path}: no image there, nor anything else", FileNotFoundError)
         check(inside, f"{path}: no image there; expected one of {sorted(SUFFIXES)}" +
               f", but not in what icas wrote ({[*map(str, outputs)]})" * bool(outputs),
               FileNotFoundError)
@@ -2292,9 +2312,14 @@ def read_run(out: Path) -> tuple[dict, dict[str, dict]]:
     "good", the good parts' own scores, "scale" of overlays, "threshold", "rate" it comes from; and
     picture's name -> its line of results.jsonl, sorted, also of ranks that were not joined. Beside
     them lie in maps/ NAME.npz, and small copies: NAME.jpeg of the picture, NAME.png of the heat."""
-    run, files = out / "run.json", [out / "results.jsonl", *sorted(out.glob("results.*.jsonl"))]
-    lines = {line["image"]: line for file in files for line in read_lines(file)}
-    return json.loads(run.read_text()) if run.is_file() else {}, dict(sorted(lines.items()))
+    path, files = out / "run.json", [out / "results.jsonl", *sorted(out.glob("results.*.jsonl"))]
+    try:
+        run = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+        lines = {line["image"]: line for file in files for line in read_lines(file)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{out}: run.json or results there are not what icas wrote "
+                         f"({type(error).__name__}: {error}); use another folder") from error
+    return run, dict(sorted(lines.items()))
 
 
 def draw_result(out: Path, run: dict, line: dict, pixels: Tensor | None = None) -> dict:
@@ -2508,15 +2533,17 @@ def parser():
         if name != "prompts":
             add("images", nargs="+", metavar="IMAGE_OR_FOLDER")
         add("--anomaly", nargs="+", action="append", default=[], metavar="IMAGE", help="a defect's "
-            "IMAGE, and its MASK, a box X0 Y0 X1 Y1, or a .json of LabelMe or COCO")
-        add("--normal", nargs="+", action="extend", default=[], metavar="GOOD_IMAGE_OR_FOLDER")
+            "IMAGE, and its MASK, a box X0 Y0 X1 Y1, or a .json of LabelMe or COCO; again for more")
+        add("--normal", nargs="+", action="extend", default=[], metavar="GOOD_IMAGE_OR_FOLDER",
+            help="good parts")
         add("--turns", action=argparse.BooleanOptionalAction, help="encode references with eight "
             "copies of good parts, or all as they lie (default: twelve copies of marked ones, "
             "four of good parts)")
         add("--prompts", metavar="FILE", help="references written by `icas prompts`")
         add("--model", metavar="FILE", help="checkpoint (default: the shipped one)")
         add("--encoder", metavar="FILE", help="a DINOv2 of any size (default: the checkpoint's)")
-        add("--range", nargs=2, type=float, metavar=("LOW", "HIGH"), help="16-bit black and white")
+        add("--range", nargs=2, type=float, metavar=("LOW", "HIGH"), help="values of "
+            "16-bit grey pictures that become black and white")
         if name == "segment":
             clicks = {"type": float, "action": "append", "default": []}
             add("--point", nargs=2, **clicks, metavar=("X", "Y"), help="on a defect, pixels")
@@ -2532,8 +2559,7 @@ def parser():
 def encode_files(args, model: ICAS) -> tuple[References, list[str]]:
     """References of the command line, and the files that they come from."""
     references = References.load(args.prompts) if args.prompts else References()
-    normals, anomalies = list(list_images(args.normal).values()), []
-    normals = evenly(normals, MANY)   # as `encode` has it
+    normals, anomalies = evenly([*list_images(args.normal).values()], MANY), []
     for image, *marks in args.anomaly:
         with contextlib.suppress(ValueError):
             marks = [[float(x) for x in marks]] if len(marks) == 4 else marks
@@ -2552,23 +2578,35 @@ def encode_files(args, model: ICAS) -> tuple[References, list[str]]:
 def run_command(args) -> int:
     """`icas segment`, `icas detect` and `icas prompts`. What is wrong is said before anything is
     written."""
-    model, out = load(args.model, encoder=args.encoder, device=args.device), Path(args.out)
-    references, files = encode_files(args, model)
+    out, skipped, given = Path(args.out), [], vars(args)
+    asked = given.get("false_positive_rate")
+    asked = RATE if asked is None else asked
+    check_range(args.range or (0, 1))
+    check_rate(asked)
+    check_threshold(given.get("threshold"))
+    model = load(args.model, encoder=args.encoder, device=args.device)
     if args.command == "prompts":
+        references, _ = encode_files(args, model)
         check(references.shots,
               "references: none given; pass --anomaly IMAGE MASK or --normal IMAGE")
         references.save(out)
         print(f"{len(references)} references ({', '.join(references.labels) or 'normal'}) in {out}")
         return 0
-    ready, skipped, (kept, lines) = prepare(references, model=model), [], read_run(out)
-    images = list_images(args.images, skipped, {n: line["file"] for n, line in lines.items()})
-    free = ("images", "out", "device", "threshold", "false_positive_rate")
-    key = {"task": args.command, "version": __version__,
-           "arguments": {k: v for k, v in vars(args).items() if k not in free}, "sha256": {
-               f: sha256(f) for f in [*files, args.prompts, args.model, args.encoder] if f}}
     check(not out.is_file() and not any(out.resolve() == Path(x).resolve()
                                         for x in args.images + args.normal),
           f"--out: {out} is a file or the folder of the pictures; give a folder of its own")
+    foreign = [n for n in WRITTEN if (out / n).exists()]
+    kept, lines = read_run(out)   # looked at last: another rank writes run.json before the others
+    check(kept or not foreign, f"--out: {out} holds {foreign} that icas did not write; use another")
+    images = list_images(args.images, skipped, {n: line["file"] for n, line in lines.items()})
+    references, files = encode_files(args, model)
+    ready = prepare(references, model=model)
+    free = ("images", "out", "device", "threshold", "false_positive_rate")
+    key = {"task": args.command, "version": __version__,
+           "arguments": {k: v for k, v in given.items() if k not in free}, "sha256": {
+               f: sha256(f) for f in [*files, args.prompts, args.model, args.encoder] if f}}
+    if args.command == "detect" and not references.normals:
+        key["images"] = sorted(images)   # which are compared with each other
     check(not kept or kept.get("key") == key,
           f"--out: {out} holds results of other arguments (see {out / 'run.json'}); use another")
     good, cut, rate = [], kept.get("threshold"), kept.get("rate")
@@ -2577,8 +2615,7 @@ def run_command(args) -> int:
             ready = mutual(list(images.values()), value_range=args.range, model=model)
         good, find = ready.good.scores.tolist(), functools.partial(detect, references=ready)
         if args.false_positive_rate is not None or not kept:
-            rate = RATE if args.false_positive_rate is None else args.false_positive_rate
-            cut = upper_limit(good, rate)
+            rate, cut = asked, upper_limit(good, asked)
     else:
         cut = check_threshold(cut if args.threshold is None else args.threshold)
         marks = {"points": args.point + args.negative, "boxes": args.box,
@@ -2613,7 +2650,11 @@ def set_threshold(args) -> int:
         found = {x: lines.get(x) or by_file.get(os.path.abspath(x)) for x in args.bad}
         missing = [x for x in found if not found[x]]
         check(not missing, f"--bad: {', '.join(missing)}: not among the run's pictures")
-        bad, good = np.array([line["score"] for line in found.values()]), np.array(good)
+        bad = np.array([line["score"] for line in found.values()])
+        if run["mutual"]:   # those compared with may be the bad ones; the others most likely not
+            good = [x["score"] for x in lines.values() if x not in found.values()]
+            check(good, "--bad: all of the run's pictures are named; leave good ones out")
+        good = np.array(good)
         every = np.unique([*bad, *good])   # of the cuts that part them best the one with most room
         low, high = max(zip(every[:-1], every[1:]), key=lambda pair: (
             (bad > pair[0]).mean() - (good > pair[0]).mean(), pair[1] - pair[0]))
@@ -2637,7 +2678,7 @@ def demo(args) -> int:
     try:
         from elpv_dataset.utils import load_dataset
     except ImportError as error:
-        raise ImportError('the demo needs its extra: pip install "icas[demo]"') from error
+        raise ImportError('the demo needs, from a clone, pip install ".[demo]"') from error
     (cells, probability, _), out, (index, outline) = load_dataset(), Path(args.out), DEMO_PROMPT
     for folder, chosen in (("prompt", [index]), ("good", DEMO_GOOD), ("cells", DEMO_CELLS)):
         for i in chosen:

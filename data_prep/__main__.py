@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"data_prep: {name}: an annotation lacks {error}; are its files those that were "
               "published?", file=sys.stderr)
     except ImportError as error:
-        print(f'data_prep: {error}; pip install "icas[data]"', file=sys.stderr)
+        print(f'data_prep: {error}; from a clone: pip install ".[data]"', file=sys.stderr)
     except (ValueError, OSError) as error:
         print("data_prep: " + " ".join(str(error).split()), file=sys.stderr)
     except KeyboardInterrupt:

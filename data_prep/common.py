@@ -156,8 +156,11 @@ def size(path: Path, wide: bool = False) -> tuple[int, int]:
     JPEG and PNG are whole when their end mark is there, which costs no decoding; all others are
     read through.
     """
+    from icas import cut_to_8   # here, for it takes seconds, which --help need not wait
     try:
         with Image.open(path) as image:
+            if cut_to_8(image):
+                raise ValueError("colours of 16 bits a channel; save it with 8")
             if not wide and (image.mode in ("I", "F") or image.mode.startswith("I;16")):
                 raise ValueError("16 bits or more a pixel, where black and white are anyone's "
                                  "guess; save it with 8")

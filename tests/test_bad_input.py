@@ -1,5 +1,7 @@
 """Wrong input: one row a message. Each must name the argument and say what was expected."""
 import json
+import struct
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, safe_open, save_file
 
 import icas
+from data_prep.common import size
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 MASK = np.zeros((20, 30), dtype=bool)
@@ -49,6 +52,15 @@ def c(tiny, tmp_path, monkeypatch):
         Image.fromarray(noise).save(tmp_path / "cut.png")
         return tmp_path / "cut.png"
 
+    def deep_png():
+        """2 x 2 pixels of three channels of 16 bits, which Pillow reads and cannot write."""
+        rows = zlib.compress(2 * (b"\0" + bytes(2 * 3 * 2)))
+        chunks = [(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)), (b"IDAT", rows),
+                  (b"IEND", b"")]
+        return text("deep.png", b"\x89PNG\r\n\x1a\n" + b"".join(
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+            for name, data in chunks))
+
     def references():
         icas.encode([(IMAGE, MASK)], model=tiny).save(tmp_path / "r.safetensors")
         return tmp_path / "r.safetensors"
@@ -59,7 +71,7 @@ def c(tiny, tmp_path, monkeypatch):
 
     return SimpleNamespace(
         tiny=tiny, folder=tmp_path, checkpoint=checkpoint, text=text, truncated=truncated, png=png,
-        references=references, pickled=pickled,
+        deep_png=deep_png, references=references, pickled=pickled,
         segment=lambda image=IMAGE, *a, **k: icas.segment(image, *a, model=tiny, **k),
         detect=lambda image=IMAGE, *a, **k: icas.detect(image, *a, model=tiny, **k),
         marked=lambda *entries: icas.encode(list(entries), model=tiny),
@@ -126,6 +138,9 @@ ROWS = [
     (lambda c: icas.to_rgb(c.text(content=b"")), ValueError, "is not a readable image"),
     (lambda c: icas.to_rgb(c.truncated(c.png())), ValueError, "cut.png' is not a readable image"),
     (lambda c: icas.to_rgb(Image.open(c.truncated(c.png()))), ValueError, "image: "),
+    (lambda c: icas.to_rgb(c.deep_png()), ValueError, "colours of 16 bits a channel"),
+    (lambda c: icas.to_rgb(c.deep_png(), value_range=(0, 65535)), ValueError, "16 bits a channel"),
+    (lambda c: size(c.deep_png()), ValueError, "colours of 16 bits a channel"),
     (lambda c: icas.to_rgb(IMAGE, value_range=(np.nan, 5)), ValueError, "value_range: expected"),
     (lambda c: icas.to_rgb(IMAGE, value_range=(0, np.inf)), ValueError, "value_range: expected"),
     (lambda c: icas.to_rgb(icas.encode_image(IMAGE, model=c.tiny)), TypeError, "got EncodedImage"),
@@ -265,7 +280,7 @@ ROWS = [
                             model=icas.ICAS(c.tiny.config)),
      ValueError, "model: expected the one that the references were prepared for"),
     # save, load
-    (lambda c: icas.save(c.tiny, c.folder / "no" / "x.safetensors"),
+    (lambda c: icas.save(c.tiny, c.text() / "x.safetensors"),   # a file is no folder
      OSError, "x.safetensors' could not be written"),
     (lambda c: icas.load("no.safetensors"), FileNotFoundError, "path: no file at 'no.safetensors'"),
     (lambda c: icas.load(c.folder), FileNotFoundError, "path: no file at"),
@@ -320,6 +335,8 @@ ROWS = [
      ValueError, "state.pth' holds no DINOv2"),
     (lambda c: icas.convert(5), TypeError, "encoder: expected a state dict or a path, got int"),
     (lambda c: icas.convert(c.text("x.pth")), ValueError, "x.pth' is not a .pth of tensors alone"),
+    (lambda c: icas.convert(c.png()),
+     ValueError, "cut.png' is not a .pth of tensors alone (UnpicklingError); get or save it again"),
     (lambda c: icas.convert(c.pickled([torch.zeros(1)])),
      TypeError, "state.pth': expected a state dict or a path, got list"),
     # Config

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +170,38 @@ def test_a_run_into_the_folder_of_pictures_itself_can_go_on_or_is_refused_at_onc
     statuses = [icas_main("segment", "parts", *DEFECT, "--out", "parts", model=model)
                 for _ in range(2)]
     assert statuses in ([0, 0], [2, 2])
+
+
+def test_pictures_beside_a_run_json_that_is_not_of_icas_are_read(model, parts):
+    Path("parts/run.json").write_text('{"camera": 3}')
+    assert icas_main("segment", "parts", *DEFECT, "--out", "out", model=model) == 0
+    assert [r["image"] for r in lines()] == parts
+
+
+@pytest.mark.parametrize("name", ["masks/a.png", "results.csv", "report.html"])
+def test_files_that_icas_did_not_write_are_not_written_over(model, parts, capsys, name):
+    Path("out", name).parent.mkdir(parents=True)
+    Path("out", name).write_text("mine")
+    Path("out/notes.txt").write_text("mine too")
+    assert icas_main("segment", "parts", *DEFECT, "--out", "out", model=model) == 2
+    assert "that icas did not write" in capsys.readouterr().err
+    assert Path("out", name).read_text() == "mine"
+    shutil.rmtree(Path("out", name).parent if "/" in name else "out")
+    assert icas_main("segment", "parts", *DEFECT, "--out", "out", model=model) == 0
+
+
+@pytest.mark.parametrize("name, content", [
+    ("run.json", "[1]"), ("run.json", "3"), ("run.json", '{"key": {"ta'),
+    ("results.jsonl", '{"file": "a.png"}\n'), ("results.jsonl", "[1]\n3\n")])
+def test_a_folder_with_files_of_another_program_is_refused_by_name(model, parts, capsys, name,
+                                                                  content):
+    Path("out").mkdir()
+    Path("out", name).write_text(content)
+    assert icas_main("segment", "parts", *DEFECT, "--out", "out", model=model) == 2
+    assert icas.main(["threshold", "out", "--score", "1"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 2 and told.count("icas: out: ") == 2
+    assert Path("out", name).read_text() == content
 
 
 def test_other_files_are_counted_and_named_at_the_end(model, parts, capsys):
@@ -424,6 +457,24 @@ def test_the_parser_refuses_with_2(arguments, capsys):
     assert caught.value.code == 2 and "icas" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("wrong, fragment", [
+    (["--range", "9", "3"], "value_range: expected"),
+    (["--range", "nan", "3"], "value_range: expected"),
+    (["--false-positive-rate", "0"], "false_positive_rate: expected"),
+    (["--normal", "nowhere"], "nowhere: no image there")])
+def test_wrong_numbers_and_folders_are_refused_before_anything_is_encoded(
+        model, parts, capsys, monkeypatch, wrong, fragment):
+    forbid(monkeypatch, "encode", "encode_image", "encode_pixels")
+    assert icas_main("detect", "parts", "--normal", "good", *wrong, "--out", "out",
+                     model=model) == 2
+    assert fragment in capsys.readouterr().err and not Path("out").exists()
+
+
+def test_prompts_are_written_into_a_new_folder(model, parts):
+    assert icas_main("prompts", *DEFECT, "--out", "new/p.safetensors", model=model) == 0
+    assert [p.name for p in Path("new").iterdir()] == ["p.safetensors"]
+
+
 def test_version_and_help(capsys):
     for arguments, fragment in ((["--version"], f"icas {icas.__version__}"),
                                 (["segment", "--help"], "--point"),
@@ -622,6 +673,17 @@ def test_without_a_good_part_detect_compares_the_pictures_with_each_other(
     scores = {line["image"]: line["score"] for line in lines("alone")}
     assert max(scores, key=scores.get) == "3.png" and len(scores) == 7
     assert icas.main(["threshold", "alone", "--score", "2"]) == 0
+    # a picture that is named as bad is no longer one of the good ones
+    capsys.readouterr()
+    assert icas.main(["threshold", "alone", "--bad", "3.png"]) == 0
+    said = capsys.readouterr().out
+    assert "1 of 1 known bad parts score above" in said and "0 of 6 good ones" in said
+    assert icas.main(["threshold", "alone", "--bad", *scores]) == 2
+    assert "leave good ones out" in capsys.readouterr().err
+    # with one picture more each would be compared with others
+    (tmp_path / "mixed" / "7.png").write_bytes((tmp_path / "mixed" / "6.png").read_bytes())
+    assert icas_main("detect", "mixed", "--out", "alone", model=model) == 2
+    assert "holds results of other arguments" in capsys.readouterr().err
 
 
 # ---- several processes ---------------------------------------------------------------------------

@@ -300,6 +300,12 @@ def test_an_image_is_known_by_the_end_of_its_path(photo, image, name, found):
             marks_of(path, image)
 
 
+@pytest.mark.parametrize("outline", [{}, {"segmentation": []}, {"segmentation": [[]]}])
+def test_where_coco_outlines_nothing_its_box_counts(photo, outline):
+    found = marks_of(coco_file({"category_id": 1, "bbox": [20, 10, 20, 20]} | outline))
+    np.testing.assert_array_equal(found["dent"], BOX)
+
+
 def test_an_image_is_known_from_within_its_folder_too(photo, tmp_path, monkeypatch):
     path = tmp_path / coco_file({"category_id": 1, "bbox": [20, 10, 20, 20]}, image="train/a.png")
     Path("train").mkdir()
@@ -319,8 +325,11 @@ def test_an_image_is_known_from_within_its_folder_too(photo, tmp_path, monkeypat
     (lambda: coco_file({"category_id": 1, "segmentation": icas.run_lengths(BOX[:30])}), "size"),
     (lambda: coco_file({"category_id": 1, "segmentation": icas.run_lengths(BOX & False)}),
      "nothing is marked in it"),
-    (lambda: coco_file({"category_id": 1, "segmentation": [["a"] * 6]}), "holds no outlines")],
-    ids=["size", "name", "none", "category", "no shape", "size of the code", "empty", "letters"])
+    (lambda: coco_file({"category_id": 1, "segmentation": [["a"] * 6]}), "holds no outlines"),
+    (lambda: coco_file({"category_id": 1, "segmentation": [[3, 4]]}), "holds no outlines"),
+    (lambda: coco_file({"category_id": 1, "segmentation": "far"}), "holds no outlines")],
+    ids=["size", "name", "none", "category", "no shape", "size of the code", "empty", "letters",
+         "one point", "text"])
 def test_coco_that_does_not_fit_the_image_is_refused_by_name(tiny, photo, make, said):
     pytest.importorskip("pycocotools")
     path = make()
