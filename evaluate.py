@@ -352,8 +352,7 @@ def run(args: argparse.Namespace) -> None:
     methods = dict.fromkeys(method for own in sets.values() for method in own)
     text = "\n\n".join(f"{name}\n{table(own)}" for name, own in sets.items())
     if args.task == "speed":
-        result = speed(model, args.sam)
-        text = json.dumps(result)
+        text = json.dumps(result := speed(model, args.sam))
     elif args.task == "development":
         dev = [sets[name] for name, r in sources.items() if any(x["split"] == "dev" for x in r)]
         result = {"episodes": plans, "development": {m: figures(dev, m, "148") | {"sets": {
@@ -362,7 +361,8 @@ def run(args: argparse.Namespace) -> None:
         text = table(result["development"])
     else:
         rows = list(sets.values())
-        columns = [k for k, v in rows[0]["icas"].items() if isinstance(v, dict) and "seeds" in v]
+        columns = dict.fromkeys(k for row in rows for k, v in row["icas"].items()
+                                if isinstance(v, dict) and "seeds" in v)
         result = figures(rows, "icas", columns) | {"data": sets, "episodes": plans, "baselines": {
             m: figures(rows, m, columns) for m in PEERS if m in methods}}
     versions = {"icas": icas.__version__, "torch": torch.__version__, "python": sys.version}

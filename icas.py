@@ -1389,18 +1389,22 @@ class Prepared:
     def prompt(self, label: str) -> Prompt:
         """Of a label's marked shots with all good parts; "" is of good parts alone."""
         if label not in self.made:
-            shots = [s for s in self.references.shots if s.label in (label, "")]
-            marked = {s.image for s in shots if s.label}   # no good part, whoever says so
-            shots = [s for s in shots if s.label or s.image not in marked]
-            self.made[label] = pool_shots(self.model, shots)
+            marked = [shot for shot in self.references.shots if shot.label == label != ""]
+            self.made[label] = pool_shots(self.model, marked + self.normals)
         return self.made[label]
+
+    @functools.cached_property
+    def normals(self) -> list[Shot]:
+        """Of good parts; a picture that is marked too is none, whoever says so."""
+        marked = {shot.image for shot in self.references.shots if shot.label}
+        return [shot for shot in self.references.normals if shot.image not in marked]
 
     @functools.cached_property
     def reference_masks(self) -> Tensor | None:
         """Q_r (1, J, D): features under the masks predicted in 100 good parts at most (Sec. 3.4);
         None without any."""
         model, pooled = self.model, []
-        lying = [shot for shot in self.references.normals if not shot.turn]
+        lying = [shot for shot in self.normals if not shot.turn]
         for shot in evenly(lying, 100):
             features = shot.features.to(model.device, torch.float32)
             levels = model.levels(features)
@@ -1411,12 +1415,12 @@ class Prepared:
     @functools.cached_property
     def images(self) -> list[str]:
         """The good parts' hashes, sorted: the order that they are given in decides nothing."""
-        return sorted({shot.image for shot in self.references.normals})
+        return sorted({shot.image for shot in self.normals})
 
     @functools.cached_property
     def good(self) -> GoodParts:
-        check(self.references.normals, "normals: detect needs at least one good part; pass normals="
-              "[image] (--normal IMAGE), or use segment for marked defects")
+        check(self.normals, "normals: detect needs at least one good part, not marked too; "
+              "pass normals=[image] (--normal IMAGE), or use segment for marked defects")
         return learn_good(self)
 
 
@@ -1845,7 +1849,7 @@ def learn_good(ready: Prepared) -> GoodParts:
     bring a part that is left out 15 % nearer, where parts lie as they happen to. Of one they
     always do, and stand for a second part. A level weighs by how much farther a damaged part lies
     (the log), and the less the farther good ones do."""
-    model, shots = ready.model, ready.references.normals
+    model, shots = ready.model, ready.normals
     one, few = len(ready.images) == 1, len(ready.images) <= 4
 
     @functools.lru_cache(64 if few else 0)   # of few, what both looks below compare is kept
@@ -1923,7 +1927,7 @@ def compare_good(ready: Prepared, features: Features) -> tuple[Tensor, dict[str,
     map is the levels' weighed mean, for which of them is right differs from part to part, scaled to
     the weighed mean of their scores, for they peak at other places."""
     # of `mutual` pictures one is not compared with itself
-    itself = next((ready.images.index(shot.image) for shot in ready.references.normals
+    itself = next((ready.images.index(shot.image) for shot in ready.normals
                    if ready.mutual and torch.equal(shot.features.picture, features.picture)), -1)
     size, whole, scores = [4 * n for n in features.maps.shape[-2:]], 0, {}
     for (name, (tokens, grid)), bank, owner, typical, weight in zip(
@@ -2174,7 +2178,9 @@ def convert(state: dict[str, Tensor] | str | os.PathLike) -> dict[str, Tensor]:
     check({"cls_token", "pos_embed"} <= state.keys(), f"{name} holds no DINOv2 in Meta's, "
           f"transformers' or timm's layout; its keys are {given[:5]}")
     for key in [k for k in state if ".attn.q." in k]:
-        parts = [state.pop(key.replace(".q.", f".{part}.")) for part in "qkv"]
+        names = [key.replace(".q.", f".{part}.") for part in "qkv"]
+        check(state.keys() >= {*names}, f"{name}: of {names} one is missing; get the file again")
+        parts = list(map(state.pop, names))
         state[key.replace(".q.", ".qkv.")] = torch.cat(parts)
     if state["pos_embed"].shape[1] == 37 * 37:  # timm with registers: no place of the class token
         state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))
@@ -2197,7 +2203,8 @@ def encoder_name(state: dict[str, Tensor], name: str) -> str:
 # ---- Pictures and the command line ---------------------------------------------------------------
 
 HEAT = np.array([[38, 52, 120], [40, 140, 160], [250, 220, 90], [240, 120, 40], [200, 20, 40]])
-WRITTEN = ["masks", "overlays", "maps", "results.csv", "results.jsonl", "coco.json", "report.html"]
+WRITTEN = ["run.json", "masks", "overlays", "maps", "results.csv", "results.jsonl", "coco.json",
+           "report.html"]
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 
 
@@ -2250,6 +2257,8 @@ def list_images(paths: Sequence[str], skipped: list[str] | None = None,
         if skipped is not None:
             skipped += [str(p) for p in files if p.suffix.lower() not in SUFFIXES]
         for name, file in inside.items():
+            check(name.encode(errors="ignore").decode() == name,
+                  f"{name!r}: the file name is not UTF-8; rename it")
             parts = file.resolve().parts
             for name in (name, *("/".join(parts[-n:]) for n in range(2, len(parts)))):
                 if Path(taken.setdefault(name, str(file))).resolve() == file.resolve():
@@ -2359,7 +2368,9 @@ def run_folder(images: dict[str, Path], out: Path, run: dict, find: Callable, mo
     find  EncodedImage -> Segmentation or Detection. Under torchrun each rank takes its share.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    done, failed, (low, high) = {*read_run(out)[1]}, 0, run["scale"]
+    failed, (low, high) = 0, run["scale"]
+    dates = {name: file.stat().st_mtime_ns for name, file in images.items()}
+    done = {name for name, line in read_run(out)[1].items() if line["date"] == dates.get(name)}
     results = out / (f"results.{rank}.jsonl" if world > 1 else "results.jsonl")
     write_text(out / "run.json", json.dumps(run, indent=1))
     write_lines(results, read_lines(results))   # without half a line
@@ -2382,7 +2393,8 @@ def run_folder(images: dict[str, Path], out: Path, run: dict, find: Callable, mo
             np.savez(out / "maps" / f"{name}.npz", maps=found.maps, labels=list(found.labels))
             score = found.score if isinstance(found, Detection) else None   # see `draw_result`
             line = {"image": name, "file": os.path.abspath(images[name]), "height": shape[0],
-                    "width": shape[1], "task": run["key"]["task"], "score": score}
+                    "width": shape[1], "task": run["key"]["task"], "score": score,
+                    "date": dates[name]}
             line = draw_result(out, run, line, pixels)
             line["seconds"] = round(time.perf_counter() - begin, 3)
             with open(results, "a", encoding="utf-8") as file:
@@ -2399,6 +2411,8 @@ def run_folder(images: dict[str, Path], out: Path, run: dict, find: Callable, mo
                   ", ..." * (len(skipped) > 5), file=sys.stderr)
     if failed:
         print(f"icas: {failed} pictures failed", file=sys.stderr)
+    if world > 1:   # torchrun stops all ranks when one ends with an error
+        torch.distributed.barrier()
     return int(failed > 0)
 
 
@@ -2655,7 +2669,9 @@ def set_threshold(args) -> int:
             good = [x["score"] for x in lines.values() if x not in found.values()]
             check(good, "--bad: all of the run's pictures are named; leave good ones out")
         good = np.array(good)
-        every = np.unique([*bad, *good])   # of the cuts that part them best the one with most room
+        every = np.unique([*bad, *good])
+        check(len(every) > 1, "--bad: good parts and bad ones all have one score")
+        # of the cuts that part them best the one with most room
         low, high = max(zip(every[:-1], every[1:]), key=lambda pair: (
             (bad > pair[0]).mean() - (good > pair[0]).mean(), pair[1] - pair[0]))
         cut, above = float(low + high) / 2, (bad > low).sum()

@@ -145,9 +145,9 @@ def cut_out(image: Tensor, marked: Tensor, side: int, source: np.random.Generato
     numbered, _ = ndimage.label(marked.numpy(), np.ones((3, 3)))
     which = int(source.choice(numbered[numbered > 0])) - 1
     (y, x), (height, width) = ndimage.find_objects(numbered)[which], marked.shape
-    place = (slice(max(0, y.start - 4), min(height, y.stop + 4)),
+    place = (..., slice(max(0, y.start - 4), min(height, y.stop + 4)),
              slice(max(0, x.start - 4), min(width, x.stop + 4)))
-    patch, mask = image[:, *place], torch.from_numpy(numbered[place] == which + 1)
+    patch, mask = image[place], torch.from_numpy(numbered[place] == which + 1)
     zoom = min(side / max(height, width) * rng.uniform(0.7, 1.4), 0.6 * side / max(mask.shape))
     h, w = (max(3, round(n * zoom)) for n in mask.shape)
     turn, mirror = int(rng.integers(4)), [-1] * int(rng.integers(2))

@@ -84,9 +84,9 @@ def ranks(device: str) -> Iterator[None]:
 
 def content(record: dict) -> list:
     """What a record's views depend on, but for the place of its files."""
-    image, mask = record["image"], record.get("mask")
-    marked = zlib.crc32(Path(mask).read_bytes()) if isinstance(mask, str) else mask
-    return [Path(image).name, os.path.getsize(image), marked, named(record), record.get("box")]
+    image, mask = (zlib.crc32(Path(x).read_bytes()) if isinstance(x, str) else x
+                   for x in (record["image"], record.get("mask")))
+    return [Path(record["image"]).name, image, mask, named(record), record.get("box")]
 
 
 def encode(model: icas.ICAS, views: Sequence[View]) -> icas.Features:
@@ -255,8 +255,8 @@ class FreshSynthetic(FreshViews):
         chosen = labels == source.choice(labels[labels > 0].unique())
         patch, mask = cut_out(image, chosen, self.size, source, rng)
         y, x = (int(rng.integers(self.size - n + 1)) for n in mask.shape)
-        place = slice(y, y + mask.shape[0]), slice(x, x + mask.shape[1])
+        place = ..., slice(y, y + mask.shape[0]), slice(x, x + mask.shape[1])
         pixels, marked = base.clone(), torch.zeros(base.shape[1:], dtype=torch.bool)
-        pixels[:, *place] = poisson_blend(base[:, *place], patch, mask)
-        marked[place] = mask
+        pixels[place] = poisson_blend(base[place], patch, mask)
+        marked[place[1:]] = mask
         return pixels, marked

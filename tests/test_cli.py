@@ -166,10 +166,25 @@ def test_what_icas_wrote_is_never_read_again_wherever_it_lies(model, parts, caps
     assert f"icas: {out}: no image there" in said and "not in what icas wrote" in said
 
 
-def test_a_run_into_the_folder_of_pictures_itself_can_go_on_or_is_refused_at_once(model, parts):
-    statuses = [icas_main("segment", "parts", *DEFECT, "--out", "parts", model=model)
-                for _ in range(2)]
-    assert statuses in ([0, 0], [2, 2])
+def test_a_run_into_the_folder_of_pictures_itself_is_refused(model, parts):
+    before = sorted(Path("parts").rglob("*"))
+    assert icas_main("segment", "parts", *DEFECT, "--out", "parts", model=model) == 2
+    assert sorted(Path("parts").rglob("*")) == before
+
+
+def test_a_file_name_that_is_not_utf_8_is_refused_by_name(model, parts, capsys):
+    os.rename("parts/b.png", os.fsencode("parts/b") + b"\xff.png")
+    assert icas_main("segment", "parts", *DEFECT, "--out", "out", model=model) == 2
+    assert "the file name is not UTF-8; rename it" in capsys.readouterr().err
+
+
+def test_another_picture_under_the_same_name_is_marked_anew(model, parts):
+    for change in (False, True):
+        if change:
+            Image.new("RGB", (20, 50)).save("parts/b.png")
+        assert icas_main("segment", "parts", *DEFECT, "--out", "out", model=model) == 0
+        sizes = {r["image"]: (r["height"], r["width"]) for r in lines()}
+        assert list(sizes) == parts and sizes["b.png"] == ((50, 20) if change else (30, 44))
 
 
 def test_pictures_beside_a_run_json_that_is_not_of_icas_are_read(model, parts):
@@ -468,6 +483,16 @@ def test_wrong_numbers_and_folders_are_refused_before_anything_is_encoded(
     assert icas_main("detect", "parts", "--normal", "good", *wrong, "--out", "out",
                      model=model) == 2
     assert fragment in capsys.readouterr().err and not Path("out").exists()
+
+
+def test_without_pycocotools_all_but_coco_is_written(model, parts, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    assert icas_main("segment", "parts", *DEFECT, "--out", "out", model=model) == 0
+    assert len(lines()) == 4 and not Path("out/coco.json").exists()
+    Path("defect.json").write_text("{}")
+    assert icas_main("segment", "parts", "--anomaly", "defect.png", "defect.json", "--out", "no",
+                     model=model) == 2
+    assert "need pycocotools: pip install pycocotools" in capsys.readouterr().err
 
 
 def test_prompts_are_written_into_a_new_folder(model, parts):

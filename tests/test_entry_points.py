@@ -226,10 +226,10 @@ def test_a_file_with_an_exif_orientation_is_read_upright(tmp_path, suffix):
 
 def test_turned_files_of_picture_and_mask_give_what_upright_ones_give(tiny, rng, tmp_path):
     image, mask, target = picture(rng, 30, 50), blob(30, 50) * np.uint8(255), picture(rng, 37, 53)
-    files = [turned(tmp_path / f"{name}.png", array)
-             for name, array in (("image", image), ("mask", mask), ("target", target))]
-    upright = icas.encode([(image, mask)], [image], model=tiny)
-    other = icas.encode([(files[0], files[1])], [files[0]], model=tiny)
+    good = picture(rng, 30, 50)
+    files = [turned(tmp_path / f"{i}.png", x) for i, x in enumerate((image, mask, target, good))]
+    upright = icas.encode([(image, mask)], [good], model=tiny)
+    other = icas.encode([(files[0], files[1])], [files[3]], model=tiny)
     found = icas.segment(target, upright, model=tiny)
     same(icas.segment(files[2], other, model=tiny), found)
     assert found.mask.shape == (37, 53)
@@ -258,9 +258,10 @@ def test_a_mask_file_of_any_kind_marks_what_is_not_zero(tmp_path, kind):
 def test_a_mask_of_one_pixel_is_a_prompt_like_any_other(tiny, rng):
     mask = np.zeros((130, 200), bool)
     mask[77, 31] = True
-    references = icas.encode([(picture(rng, 130, 200), mask)], model=tiny)
+    shown = picture(rng, 130, 200)
+    references = icas.encode([(shown, mask)], model=tiny)
     assert all(side[0].max() > 0 for s in references.shots for side in s.sides)
-    elsewhere = icas.encode([(picture(rng, 130, 200), np.roll(mask, 60))], model=tiny)
+    elsewhere = icas.encode([(shown, np.roll(mask, 60))], model=tiny)
     image = picture(rng)
     scores = [icas.segment(image, r, model=tiny).score for r in (references, elsewhere)]
     assert np.isfinite(scores).all() and np.abs(scores[0] - scores[1]).max() > 1e-3
@@ -319,6 +320,18 @@ def test_marks_on_a_large_picture_lie_where_they_lie_on_a_small_one(tiny, rng, m
 
 
 # ---- overlays ------------------------------------------------------------------------------------
+
+
+def test_an_overlay_is_red_where_the_heat_is_and_outlines_the_mask_in_white():
+    image, mask = np.full((60, 60, 3), 128, np.uint8), np.zeros((60, 60), bool)
+    heat, mask[20:30, 40:50] = np.repeat(np.linspace(1, 0, 60)[None], 60, axis=0), True
+    shown = icas.overlay(image, heat, mask).astype(int)
+    red, _, blue = shown[5, 0] - 128
+    assert red > 0 > blue   # of what scores highest
+    red, _, blue = shown[5, 59] - 128
+    np.testing.assert_array_equal((red, blue), 0)   # where nothing is, the picture
+    outline = scipy.ndimage.binary_dilation(mask) & ~mask
+    assert (shown[outline] == 255).all() and (shown[mask] < 255).any(axis=-1).all()
 
 
 def test_an_overlay_has_a_scale_with_the_two_ends_in_numbers_where_there_is_room(rng):
@@ -730,7 +743,7 @@ def test_what_another_model_encoded_is_refused(tiny, rng, references):
     for change in ({}, {"image_size": 98}, {"blocks": (3, 4)}, {"detail": False}):
         other = icas.ICAS(dataclasses.replace(tiny.config, **change)).eval()
         other.encoder_sha256 = tiny.encoder_sha256 if change else "another"
-        own = icas.encode([(image, blob())], [image], model=other)
+        own = icas.encode([(image, blob())], [picture(rng)], model=other)
         for use, name in ((lambda: icas.segment(image, references, model=other), "references"),
                           (lambda: icas.detect(image, references, model=other), "references"),
                           (lambda: icas.prepare(references, model=other), "references"),

@@ -74,7 +74,7 @@ def differences() -> dict[str, float]:
 
 def test_outputs_are_those_kept_on_file():
     pytest.importorskip("elpv_dataset")
-    far = {k: d for k, d in differences().items() if d > 0.05}
+    far = {k: d for k, d in differences().items() if not d <= 0.05}   # NaN is far too
     assert not far, f"further than rounding from golden.npz: {far}"
 
 

@@ -94,6 +94,21 @@ def test_normal_references_and_targets_without_a_defect_have_a_finite_loss():
     for changed in (good, rest):
         parts = icas.pair_loss(model, changed, torch.Generator().manual_seed(0))
         assert torch.isfinite(sum(parts.values()))
+        # of good parts there is nothing to be told from the rest: the first classifier rests
+        assert (parts["target"] == 0) == (changed is good) and parts["other"] > 0
+
+
+def test_the_rate_goes_up_and_down_and_matrices_alone_decay():
+    model, rates = fresh(), []
+    optimizer = icas.make_optimizer(model.decoder, 1e-3, 0.05)
+    names = {id(p): name for name, p in model.decoder.named_parameters()}
+    decayed, free = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0]
+    assert {"learned", "type_embed", "class_scale"} <= free and decayed | free == {*names.values()}
+    assert all(name.endswith("weight") for name in decayed - free)
+    icas.fit(model, lambda step: pairs(model), steps=6, lr=1e-3, warmup=2, optimizer=optimizer,
+             callback=lambda step, losses, o: rates.append(o.param_groups[0]["lr"]))
+    np.testing.assert_allclose(rates, 1e-3 * np.array([1 / 2, 1, 1, 3 / 4, 1 / 2, 1 / 4]))
 
 
 @pytest.mark.parametrize("part", ["loss", "gradient"])

@@ -41,7 +41,7 @@ def case(tiny, rng):
 
 
 def by_hand(model, decoded, tokens, prompt, reference_masks=None):
-    """S_s, S_s^mfm, S_n, S_n^mfm over what the masks claim, and the printed sums of the first two.
+    """S_s, S_s^mfm, S_n, S_n^mfm over what the masks claim, and the printed sums.
 
     Departures 12 and 13: each mask counts by how little it is background, the temperature is 0.07.
     """
@@ -64,7 +64,7 @@ def by_hand(model, decoded, tokens, prompt, reference_masks=None):
     q_p = unit((share[:, None] * reference).sum(axis=0))
     q_ntp = unit(((1 - share)[:, None] * reference).sum(axis=0))
     q_r = q_ntp[None] if reference_masks is None else reference_masks[0].double().numpy()
-    sums, plain = np.zeros((6, h, w)), np.zeros((2, h, w))
+    sums, plain = np.zeros((6, h, w)), np.zeros((4, h, w))
     for i in range(k):
         a, b = np.exp(pooled[i] @ q_p / 0.07), np.exp(pooled[i] @ q_ntp / 0.07)
         far = min(1 - pooled[i] @ q for q in q_r)
@@ -73,6 +73,8 @@ def by_hand(model, decoded, tokens, prompt, reference_masks=None):
             sums[s] += value * masks[i]
         plain[0] += p[i, 0] * masks[i]
         plain[1] += a / (a + b) * masks[i]
+        plain[2] += n[i, 0] * masks[i]
+        plain[3] += far * masks[i]
     return sums[0] / sums[2], sums[1] / sums[2], sums[3] / sums[5], sums[4] / sums[5], plain
 
 
@@ -92,7 +94,7 @@ def test_with_plain_sum_the_scores_are_the_printed_sums(case, monkeypatch):
     printed = dataclasses.replace(model.config, plain_sum=True)
     monkeypatch.setattr(model.decoder, "config", printed)
     got = icas.mask_scores(model.decoder, decoded, tokens, prompt)
-    for one, other in zip(got.values(), by_hand(*case)[-1]):
+    for one, other in zip(got.values(), by_hand(*case)[-1], strict=True):
         np.testing.assert_allclose(one[0].numpy(), other, rtol=2e-4, atol=1e-6)
 
 
@@ -295,6 +297,12 @@ def test_without_good_parts_each_picture_is_compared_with_the_nearest_of_the_oth
         assert found[i].parts["block 2"] == pytest.approx(scores[i] / np.median(scores), rel=0.02)
     ready = icas.mutual(images, model=tiny)
     assert icas.detect(images[3], ready).score == pytest.approx(found[3].score)
+
+
+def test_of_many_pictures_the_same_31_are_compared_with(tiny, rng):
+    images = [rng.integers(0, 256, (14, 14, 3), dtype=np.uint8) for _ in range(40)]
+    one, two = (icas.mutual(images, model=tiny).images for _ in range(2))
+    assert one == two and len(one) == 31
 
 
 def test_too_few_pictures_to_compare_are_refused(tiny, rng, tmp_path):
@@ -535,3 +543,16 @@ def test_a_picture_that_is_marked_and_among_the_good_ones_counts_as_marked(tiny,
     one, two = (ready.prompt("defect") for ready in both)
     assert one.good == two.good == 1
     assert all(torch.equal(a, b) for a, b in zip(one.tokens, two.tokens))
+
+
+def test_with_four_good_parts_a_picture_that_is_marked_too_is_none_of_them(tiny, rng):
+    image, *good = (rng.integers(0, 256, (60, 60, 3), dtype=np.uint8) for _ in range(5))
+    shown = [(image, (20, 20, 30, 30), "a"), (good[0], (5, 5, 20, 20), "b")]
+    for few in (good[1:3], good[1:]):   # with the two that are marked, four at least
+        found = [icas.segment(image, anomalies=shown, normals=normals, model=tiny).maps
+                 for normals in (few, [image, good[0], *few])]
+        np.testing.assert_array_equal(*found)
+        ready = icas.prepare(icas.encode(shown, [image, *few], model=tiny), model=tiny)
+        assert len(ready.images) == len(few) and len(ready.good.scores) == len(few)
+    with pytest.raises(ValueError, match="detect needs at least one good part"):
+        icas.detect(image, icas.encode(shown, [image], model=tiny), model=tiny)

@@ -1,4 +1,5 @@
 """The shipped checkpoint and the README, as a user meets them."""
+import ast
 import json
 import os
 import shlex
@@ -91,7 +92,15 @@ def test_bf16_masks_differ_from_float32_in_few_pixels(cells, prompt_mask, monkey
         model = icas.load()
         prompt = icas.encode(shot, turns=False, model=model)
         masks.append(icas.segment(cells[6], prompt, model=model).mask)
-    assert masks[0].any() and (masks[0] != masks[1]).mean() < 0.02
+    assert (masks[0] & masks[1]).sum() > 0.95 * (masks[0] | masks[1]).sum() > 0
+
+
+def test_nothing_needs_more_than_the_python_that_the_readme_names():
+    """`x[:, *y]` is of Python 3.11; other news of the language are refused by the compiler."""
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("data_prep/*.py")):
+        for node in ast.walk(ast.parse(path.read_text(), feature_version=(3, 10))):
+            index = getattr(getattr(node, "slice", None), "elts", [])
+            assert not any(isinstance(x, ast.Starred) for x in index), ast.unparse(node)
 
 
 @pytest.mark.parametrize("block", readme_blocks("python"))
@@ -103,7 +112,7 @@ def test_the_readme_s_python_runs_as_printed(block, folder, capsys):
 def test_the_readme_s_commands_run_as_printed(folder):
     lines = [line for block in readme_blocks("") for line in block.splitlines()]
     commands = [line.split("#")[0] for line in lines if line.startswith("icas ")]
-    assert len(commands) >= 3
+    assert len(commands) == 5 and readme_blocks("python")   # or nothing is tested above
     for command in commands:
         assert icas.main(shlex.split(command)[1:]) == 0, command
     assert json.loads((folder / "found" / "coco.json").read_text())["annotations"]
