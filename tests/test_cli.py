@@ -755,9 +755,9 @@ def test_one_process_goes_on_where_several_were_stopped(model, parts, monkeypatc
     assert shapes == [(40, 40), (44, 30)] and [r["image"] for r in lines()] == parts
 
 
-def same_files(one, two):
+def same_files(one, two, count=4):
     """Results are equal byte by byte but for the seconds; the report but for the folder's name."""
-    assert timeless(lines(one)) == timeless(lines(two)) and len(lines(one)) == 4
+    assert timeless(lines(one)) == timeless(lines(two)) and len(lines(one)) == count
     assert timeless(table(one)) == timeless(table(two)) and list(table(one)) != []
     files = [{p.relative_to(out) for p in Path(out).rglob("*") if p.is_file()}
              for out in (one, two)]
@@ -770,18 +770,25 @@ def same_files(one, two):
     assert reports[0] == reports[1]
 
 
-def test_two_processes_at_once_give_what_one_gives(model, parts):
+@pytest.mark.parametrize("broken", [False, True])   # torchrun ends all ranks when one fails
+def test_two_processes_at_once_give_what_one_gives(model, parts, broken):
     Path("runner.py").write_text(
-        "import sys, torch, icas\ntorch.set_num_threads(1)\nicas.ENCODERS['tiny14'] = (48, 4, 3)\n"
-        f"icas.DETAIL = {icas.DETAIL!r}\nsys.exit(icas.main(sys.argv[1:]))\n")
+        "import sys, time, torch, icas\ntorch.set_num_threads(1)\n"
+        "icas.ENCODERS['tiny14'] = (48, 4, 3)\n"
+        f"icas.DETAIL = {icas.DETAIL!r}\nfinish = icas.finish_run\n"
+        f"icas.finish_run = lambda out: (time.sleep({3 * broken}), finish(out))[1]\n"
+        "sys.exit(icas.main(sys.argv[1:]))\n")
     Path("parts/notes.txt").write_text("not an image")
-    assert icas_main("segment", "parts", *DEFECT, "--out", "one", model=model) == 0
+    if broken:
+        Path("parts/b.png").write_bytes(Path("parts/b.png").read_bytes()[:-200])   # of rank 1
+    assert icas_main("segment", "parts", *DEFECT, "--out", "one", model=model) == broken
     run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          "runner.py", "segment", "parts", *DEFECT, "--out", "two", "--model", model, "--device",
          "cpu"], capture_output=True, text=True, timeout=120,
         env=os.environ | {"PYTHONPATH": str(HOME), "OMP_NUM_THREADS": "1"})
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("of 4 pictures") == 1  # one rank alone speaks of the whole
+    assert run.returncode == broken, run.stderr
+    # one rank alone speaks of the whole
+    assert run.stdout.count("of 3 pictures" if broken else "of 4 pictures") == 1
     assert run.stderr.count("parts/notes.txt") == 1
-    same_files("one", "two")
+    same_files("one", "two", 4 - broken)
