@@ -258,5 +258,5 @@ class FreshSynthetic(FreshViews):
         place = ..., slice(y, y + mask.shape[0]), slice(x, x + mask.shape[1])
         pixels, marked = base.clone(), torch.zeros(base.shape[1:], dtype=torch.bool)
         pixels[place] = poisson_blend(base[place], patch, mask)
-        marked[place[1:]] = mask
+        marked[place] = mask
         return pixels, marked
